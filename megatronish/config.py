@@ -1,0 +1,200 @@
+"""A run as frozen pydantic models, one section a class. Derived values are properties; nothing here reads files or ranks.
+
+`config_loader.py` fills these from YAML, `constraints.py` relates the fields to each other and to the number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict about unknown keys, and about types (no "12" for 12, no true for 1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The shape of the network. Letters of `batch.py`: D hidden_size, H num_heads, F mlp_size, V vocab_size."""
+
+    architecture: Literal["llama"] = "llama"
+    """A row of the table `megatronish.models.MODELS`."""
+    num_layers: PositiveInt
+    """Transformer blocks in the whole model."""
+    hidden_size: PositiveInt
+    """Width D of the residual stream."""
+    num_heads: PositiveInt
+    """Query heads H; hidden_size / num_heads is the head size K."""
+    num_kv_heads: PositiveInt | None = None
+    """Key/value heads (grouped-query attention); num_heads when not given."""
+    mlp_size: PositiveInt
+    """Width F of the gated MLP."""
+    vocab_size: PositiveInt
+    """Tokens the model knows, at least as many as the tokenizer has."""
+    vocab_multiple: PositiveInt = 128
+    """The embedding's rows are padded to a multiple of this. Never a function of the layout: padding changes the loss."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies (Su et al. 2021)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm (Zhang and Sennrich 2019)."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; projections back into the residual stream use it / sqrt(2 num_layers)."""
+
+    @property
+    def head_size(self) -> int:
+        """K = D / H (constraints.py refuses a remainder)."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, after the default."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the output projection."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class ParallelConfig(Section):
+    """How the ranks are laid out. World size = pipeline x data x tensor, tensor innermost."""
+
+    tensor: PositiveInt = 1
+    """Ranks that share each layer's matrices (keep within a node)."""
+    pipeline: PositiveInt = 1
+    """Stages the layers are cut into."""
+    data: PositiveInt | None = None
+    """Replicas, each with its own samples; world / (tensor x pipeline) when not given."""
+    sequence: bool = False
+    """Sequence parallelism: activations between blocks are cut over the tensor ranks (Korthikanti et al. 2022)."""
+    zero_stage: Literal[0, 1] = 1
+    """0: every data rank keeps all optimizer state; 1: each keeps 1/data of it (Rajbhandari et al. 2020)."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps only each block's input for backward and runs its forward again."""
+
+
+class DataConfig(Section):
+    """Token files on disk. A prefix names PREFIX.bin and PREFIX.idx."""
+
+    train: str
+    """Prefix of the training tokens."""
+    validation: str | None = None
+    """Prefix of held-out tokens."""
+    validation_fraction: Fraction = 0.0
+    """Without `validation`: this share of the training set's documents, its last ones, is held out."""
+    sequence_length: PositiveInt
+    """Tokens S in one sample."""
+    tokenizer: str | None = None
+    """A tokenizer.json; gives bits per byte and a check of the vocabulary."""
+
+
+class OptimConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019) and its learning rate."""
+
+    lr: PositiveFloat
+    """Highest learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where the schedule ends."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape of the decay after the warm-up. `wsd`: constant, then linear over the last `decay_steps`."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear growth from 0 to lr."""
+    decay_steps: PositiveInt | None = None
+    """Length of the decay; for `wsd` required, for cosine and linear everything after the warm-up when not given."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; norms and biases have none."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
+    bucket_mib: PositiveFloat = 64.0
+    """Size of a gradient bucket, the unit of overlapped reduction, in MiB."""
+
+
+class TrainConfig(Section):
+    """How long, how much a step, in which numbers."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps in the whole run; give this or `tokens`."""
+    tokens: PositiveInt | None = None
+    """Tokens in the whole run; rounded up to whole steps."""
+    global_batch_size: PositiveInt
+    """Samples a step, over all ranks."""
+    micro_batch_size: PositiveInt
+    """Samples B of one forward and backward on one rank."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of parameters and activations. Master weights and accumulated gradients are float32 (float64 for float64)."""
+    seed: NonNegativeInt = 1234
+    """Of the weights and of the order of samples."""
+    eval_interval: NonNegativeInt = 0
+    """Evaluate every this many steps; 0: never."""
+    eval_steps: PositiveInt = 8
+    """Global batches an evaluation reads."""
+    cpu_threads: PositiveInt = 1
+    """Threads of one rank on CPU. Set, never inherited: sums in another order have other last bits."""
+    deterministic: bool = False
+    """On GPU: deterministic kernels only. On CPU every run is."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints go to RUN/checkpoints/step-XXXXXXXX."""
+
+    interval: PositiveInt | None = None
+    """Save every this many steps; the last step is always saved."""
+    keep: PositiveInt = 3
+    """Newest checkpoints kept; older ones are deleted after a new one is complete."""
+
+
+class ObserveConfig(Section):
+    """What a run says of itself."""
+
+    log_interval: PositiveInt = 10
+    """Write metrics every this many steps; the only steps on which the host waits for the device."""
+    tensorboard: bool = True
+    """Write RUN/tensorboard/ as well as RUN/metrics.jsonl."""
+    peak_tflops: PositiveFloat | None = None
+    """One device's peak, for MFU; when not given, a table by GPU name, or a measured matrix product on CPU."""
+
+
+class Config(Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's folder is RUN_ROOT/NAME."""
+    run_root: str = "runs"
+    """Where run folders are made."""
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run, from `steps` or `tokens`."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None, "constraints.py refuses a config with neither"
+        return -(-self.train.tokens // (self.train.global_batch_size * self.data.sequence_length))
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas in a world of `world_size` ranks (constraints.py refuses a remainder)."""
+        return self.parallel.data or world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Microbatches of one rank in one step (constraints.py refuses a remainder)."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))
