@@ -1,0 +1,68 @@
+"""The local part of cross entropy over a vocabulary that may be cut over ranks: what one rank can say from its own columns.
+
+`parallel/loss.py` joins the parts: with m = max over ranks, loss = log(sum over ranks of sum_exp * e^(max - m)) + m - target logit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatronish.kernels.registry import accumulate_dtype, register
+
+
+def reference(logits_TV: Tensor, labels_T: Tensor, first_row: int, num_valid: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain PyTorch: (max_T, sum_T of exp(logit - max), logit of the label or 0 where another rank has it), accumulation dtype."""
+    valid = logits_TV[:, :num_valid].to(accumulate_dtype(logits_TV))
+    if num_valid == 0:
+        zeros = torch.zeros(logits_TV.shape[0], dtype=valid.dtype, device=valid.device)
+        return zeros - math.inf, zeros, zeros.clone()
+    max_T = valid.amax(-1)
+    sum_exp_T = (valid - max_T[:, None]).exp().sum(-1)
+    local_T = labels_T - first_row
+    here_T = (local_T >= 0) & (local_T < num_valid)
+    picked_T = valid.gather(1, local_T.clamp(0, num_valid - 1)[:, None]).squeeze(1)
+    return max_T, sum_exp_T, torch.where(here_T, picked_T, 0.0)
+
+
+def _forward_fake(logits_TV: Tensor, labels_T: Tensor, first_row: int, num_valid: int) -> tuple[Tensor, Tensor, Tensor]:
+    max_T = logits_TV.new_empty(logits_TV.shape[0], dtype=accumulate_dtype(logits_TV))
+    return max_T, torch.empty_like(max_T), torch.empty_like(max_T)
+
+
+def reference_backward(
+    dloss_T: Tensor, logits_TV: Tensor, labels_T: Tensor, log_sum_exp_T: Tensor, first_row: int, num_valid: int
+) -> Tensor:
+    """d loss / d logits = softmax - onehot(label), times dloss; padded columns get zero."""
+    grad_TV = torch.zeros_like(logits_TV, dtype=accumulate_dtype(logits_TV))
+    if num_valid:
+        valid = grad_TV[:, :num_valid]
+        torch.exp(logits_TV[:, :num_valid].to(grad_TV.dtype) - log_sum_exp_T[:, None], out=valid)
+        local_T = labels_T - first_row
+        here_T = (local_T >= 0) & (local_T < num_valid)
+        valid.scatter_add_(1, local_T.clamp(0, num_valid - 1)[:, None], -here_T.to(grad_TV.dtype)[:, None])
+        valid.mul_(dloss_T[:, None])
+    return grad_TV.to(logits_TV.dtype)
+
+
+def _backward_fake(
+    dloss_T: Tensor, logits_TV: Tensor, labels_T: Tensor, log_sum_exp_T: Tensor, first_row: int, num_valid: int
+) -> Tensor:
+    return torch.empty_like(logits_TV)
+
+
+cross_entropy_parts = register(
+    "cross_entropy_parts(Tensor logits, Tensor labels, int first_row, int num_valid) -> (Tensor, Tensor, Tensor)",
+    reference,
+    _forward_fake,
+)
+"""Columns of logits_TV are rows first_row, first_row + 1, ... of the vocabulary; the first num_valid of them are not padding."""
+
+cross_entropy_backward = register(
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor log_sum_exp, int first_row, int num_valid) -> Tensor",
+    reference_backward,
+    _backward_fake,
+)
+"""The gradient of the local columns, given the log-sum-exp over all ranks' columns."""

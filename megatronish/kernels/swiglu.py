@@ -1,0 +1,60 @@
+"""SwiGLU (Shazeer 2020): silu(gate) * up, on a packed projection whose first half is the gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatronish.kernels.registry import register
+
+
+def reference(gate_up: Tensor) -> Tensor:
+    """Plain PyTorch, in the input's dtype, as Hugging Face's Llama computes it."""
+    gate, up = gate_up.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _forward_fake(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+def _backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    out = torch.empty_like(gate_up)
+    dgate, dup = out.chunk(2, -1)
+    torch.mul(dy, torch.nn.functional.silu(gate), out=dup)
+    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+    return out
+
+
+def _backward_fake(dy: Tensor, gate_up: Tensor) -> Tensor:
+    return torch.empty_like(gate_up)
+
+
+_forward_op = register("swiglu(Tensor gate_up) -> Tensor", reference, _forward_fake)
+_backward_op = register("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor", _backward, _backward_fake)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _forward_op(gate_up)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return _backward_op(dy, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2F] -> [..., F], any floating dtype; the gate is the first half. Saves its input."""
+    out: Tensor = _SwiGLU.apply(gate_up)
+    return out
+
+
+def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor]]:
+    """Inputs that tests and benches run every implementation on."""
+    generator = torch.Generator(device).manual_seed(0)
+    return [(torch.randn(*s, generator=generator, dtype=dtype, device=device) * 3,) for s in [(4, 2, 32), (1, 1, 2), (7, 3, 86)]]

@@ -1,0 +1,23 @@
+"""Plain single-device models. The table that the config's `model.architecture` names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from megatronish.layout import Plan
+from megatronish.models import llama
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row of MODELS: the module class and what stands beside it."""
+
+    module: type[nn.Module]
+    tensor_parallel_plan: Plan
+    init_std: object
+    """`(config, parameter name) -> float | None`: standard deviation of its first weights; None: all ones."""
+
+
+MODELS = {"llama": Architecture(llama.Llama, llama.TENSOR_PARALLEL_PLAN, llama.init_std)}

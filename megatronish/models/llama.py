@@ -1,0 +1,120 @@
+"""Llama (Touvron et al. 2023; Grattafiori et al. 2024): pre-norm blocks, rotary attention with grouped key/value heads, SwiGLU, untied head.
+
+Plain PyTorch on one device, and the reference that parallel runs are compared with. How it is cut over ranks is the data in
+TENSOR_PARALLEL_PLAN; what keeps that sound: local sizes come from tensor shapes, everything between blocks is pointwise over S, positions are
+an argument. A pipeline stage is the same class with fewer layers, under their global names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatronish.config import ModelConfig
+from megatronish.kernels.attention import attention
+from megatronish.kernels.rotary import rotary_tables, split_rotary
+from megatronish.kernels.swiglu import swiglu
+from megatronish.layout import Column, Plan, Replicated, Row, Vocab
+from megatronish.models.layers import Embedding, Linear, RMSNorm
+
+TENSOR_PARALLEL_PLAN: Plan = {
+    "embedding": Vocab(),
+    "layers.*.attention_norm": Replicated(),
+    "layers.*.attention.qkv": Column(dim=0),
+    "layers.*.attention.output": Row(dim=1),
+    "layers.*.mlp_norm": Replicated(),
+    "layers.*.mlp.gate_up": Column(dim=1),
+    "layers.*.mlp.down": Row(dim=1),
+    "final_norm": Replicated(),
+    "head": Column(dim=0),
+}
+
+
+class Attention(nn.Module):
+    """Causal self-attention. The QKV weight is [G, q + 2, K, D]: group by group its q queries, its key, its value."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.queries_per_group = config.num_heads // config.kv_heads
+        self.head_size = config.head_size
+        out_shape = (config.kv_heads, self.queries_per_group + 2, config.head_size)
+        self.qkv = Linear(config.hidden_size, out_shape, dtype=dtype, device=device)
+        self.output = Linear(config.num_heads * config.head_size, (config.hidden_size,), dtype=dtype, device=device)
+
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[S, B, D] and rotary tables [S, B, 1, K/2] -> [S, B, D]."""
+        qkv_SBGqK = self.qkv(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
+        query_SBHK, key_SBGK, value_SBGK = split_rotary(qkv_SBGqK, cos, sin)
+        return self.output(attention(query_SBHK, key_SBGK, value_SBGK).flatten(2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """SwiGLU. The fused weight is [2, F, D]: gate, then up."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.hidden_size, (2, config.mlp_size), dtype=dtype, device=device)
+        self.down = Linear(config.mlp_size, (config.hidden_size,), dtype=dtype, device=device)
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        """[S, B, D] -> [S, B, D]."""
+        return self.down(swiglu(self.gate_up(x_SBD)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.attention = Attention(config, dtype=dtype, device=device)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.mlp = MLP(config, dtype=dtype, device=device)
+
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[S, B, D] and rotary tables [S, B, 1, K/2] -> [S, B, D]."""
+        x_SBD = x_SBD + self.attention(self.attention_norm(x_SBD), cos, sin)
+        return x_SBD + self.mlp(self.mlp_norm(x_SBD))  # type: ignore[no-any-return]
+
+
+class Llama(nn.Module):
+    """The layers `layers` of the model, with the embedding before and the head after them where asked."""
+
+    embedding: Embedding | None
+    final_norm: RMSNorm | None
+    head: Linear | None
+
+    def __init__(
+        self, config: ModelConfig, *, layers: range, has_embedding: bool, has_head: bool, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        rows, D = config.padded_vocab_size, config.hidden_size
+        self.embedding = Embedding(rows, D, dtype=dtype, device=device) if has_embedding else None
+        self.layers = nn.ModuleDict({str(i): Block(config, dtype=dtype, device=device) for i in layers})
+        self.final_norm = RMSNorm(D, config.norm_eps, dtype=dtype, device=device) if has_head else None
+        self.head = Linear(D, (rows,), dtype=dtype, device=device) if has_head else None
+
+    def forward(self, x: Tensor, positions_SB: Tensor) -> Tensor:
+        """Tokens [S, B] (with the embedding) or activations [S, B, D] -> activations, or logits [S, B, V] (with the head)."""
+        if self.embedding is not None:
+            x = self.embedding(x)
+        config = self.config
+        cos, sin = rotary_tables(positions_SB, head_size=config.head_size, theta=config.rope_theta, dtype=self.dtype)
+        for block in self.layers.values():
+            x = block(x, cos, sin)
+        if self.head is not None:
+            assert self.final_norm is not None
+            x = self.head(self.final_norm(x))
+        return x
+
+
+def init_std(config: ModelConfig, name: str) -> float | None:
+    """Standard deviation of a parameter's first values; None: ones. Projections into the residual stream are scaled down by
+    sqrt(2 num_layers) (Radford et al. 2019)."""
+    if "norm" in name:
+        return None
+    if name.endswith(("attention.output.weight", "mlp.down.weight")):
+        return config.init_std / float((2 * config.num_layers) ** 0.5)
+    return config.init_std
