@@ -1,0 +1,29 @@
+# `make demo` trains a small model on this machine; `make test` runs everything; both do all set-up first.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/installed.stamp
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+
+.PHONY: setup test lint parity demo
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
+	$(VENV)/bin/python -m megatronish.native
+	touch $@
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+parity: setup
+	$(VENV)/bin/python -m pytest -m parity_all
+
+demo: setup
+	$(VENV)/bin/python -m megatronish.demo

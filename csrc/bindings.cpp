@@ -1,0 +1,89 @@
+// Python sees addresses as integers (tensor.data_ptr(), 0 for none); the GIL is released while an operation runs.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+template <typename T>
+static T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+#ifdef MEGATRONISH_CPU
+#include "cpu/cpu.h"
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace megatronish;
+  m.doc() = "Native CPU operations; addresses are integers, 0 for none.";
+  m.def(
+      "adamw_float32",
+      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address bfloat16_copy, int64_t n,
+         Address gradient_scale, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step, int threads) {
+        adamw_float32(at<float>(parameter), at<const float>(gradient), at<float>(exp_avg), at<float>(exp_avg_sq),
+                      at<uint16_t>(bfloat16_copy), n, at<const float>(gradient_scale), {lr, beta1, beta2, eps, weight_decay, step},
+                      threads);
+      },
+      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("bfloat16_copy"), py::arg("n"),
+      py::arg("gradient_scale"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+      py::arg("weight_decay"), py::arg("step"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "adamw_float64",
+      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, int64_t n, Address gradient_scale, double lr,
+         double beta1, double beta2, double eps, double weight_decay, int64_t step, int threads) {
+        adamw_float64(at<double>(parameter), at<const double>(gradient), at<double>(exp_avg), at<double>(exp_avg_sq), n,
+                      at<const double>(gradient_scale), {lr, beta1, beta2, eps, weight_decay, step}, threads);
+      },
+      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("gradient_scale"),
+      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("step"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "gather_uint16",
+      [](Address source, int64_t size, Address offsets, int64_t rows, int64_t width, Address out, int threads) {
+        return gather_uint16(at<const uint16_t>(source), size, at<const int64_t>(offsets), rows, width, at<int64_t>(out), threads);
+      },
+      py::arg("source"), py::arg("size"), py::arg("offsets"), py::arg("rows"), py::arg("width"), py::arg("out"), py::kw_only(),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "gather_int32",
+      [](Address source, int64_t size, Address offsets, int64_t rows, int64_t width, Address out, int threads) {
+        return gather_int32(at<const int32_t>(source), size, at<const int64_t>(offsets), rows, width, at<int64_t>(out), threads);
+      },
+      py::arg("source"), py::arg("size"), py::arg("offsets"), py::arg("rows"), py::arg("width"), py::arg("out"), py::kw_only(),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
+#ifdef MEGATRONISH_CUDA
+#include "cuda/cuda.h"
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace megatronish;
+  m.doc() = "Native CUDA operations on the current device; addresses and the stream are integers, 0 for none.";
+  m.def("device_count", &device_count, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "adamw_float32",
+      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address bfloat16_copy, int64_t n,
+         Address gradient_scale, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step, Address stream) {
+        adamw_cuda_float32(at<float>(parameter), at<const float>(gradient), at<float>(exp_avg), at<float>(exp_avg_sq),
+                           at<void>(bfloat16_copy), n, at<const float>(gradient_scale), lr, beta1, beta2, eps, weight_decay, step,
+                           at<void>(stream));
+      },
+      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("bfloat16_copy"), py::arg("n"),
+      py::arg("gradient_scale"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+      py::arg("weight_decay"), py::arg("step"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "adamw_float64",
+      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, int64_t n, Address gradient_scale, double lr,
+         double beta1, double beta2, double eps, double weight_decay, int64_t step, Address stream) {
+        adamw_cuda_float64(at<double>(parameter), at<const double>(gradient), at<double>(exp_avg), at<double>(exp_avg_sq), n,
+                           at<const double>(gradient_scale), lr, beta1, beta2, eps, weight_decay, step, at<void>(stream));
+      },
+      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("gradient_scale"),
+      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("step"),
+      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+#endif

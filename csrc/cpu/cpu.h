@@ -1,0 +1,51 @@
+// Native CPU operations. Raw pointers and sizes only; callers own all memory.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+// Run-time choice of instruction set by the loader. Without -ffp-contract every version gives the same bits.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MEGATRONISH_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define MEGATRONISH_CLONES
+#endif
+
+namespace megatronish {
+
+// What AdamW needs beside its tensors, as torch.optim.AdamW names it. `step` counts from 1.
+struct AdamW {
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step;
+};
+
+// AdamW on elements [0, n) of a flat slice, in place. `gradient_scale` points to one number that every gradient is multiplied by (null: 1).
+// `bfloat16_copy`, when not null, receives the new parameter rounded to nearest even.
+void adamw_float32(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq, uint16_t* bfloat16_copy, int64_t n,
+                   const float* gradient_scale, const AdamW& options, int threads);
+void adamw_float64(double* parameter, const double* gradient, double* exp_avg, double* exp_avg_sq, int64_t n,
+                   const double* gradient_scale, const AdamW& options, int threads);
+
+// out[r, :] = source[offsets[r] : offsets[r] + width], widened to int64; returns (smallest, largest) token copied.
+// Throws std::out_of_range, naming the row, when a row does not lie within the `size` tokens of `source`.
+std::pair<int64_t, int64_t> gather_uint16(const uint16_t* source, int64_t size, const int64_t* offsets, int64_t rows, int64_t width,
+                                          int64_t* out, int threads);
+std::pair<int64_t, int64_t> gather_int32(const int32_t* source, int64_t size, const int64_t* offsets, int64_t rows, int64_t width,
+                                         int64_t* out, int threads);
+
+// Calls work(start, stop) on parts of [0, n), each of at least `smallest` elements, on up to `threads` threads.
+inline void parallel_for(int64_t n, int64_t smallest, int threads, const std::function<void(int64_t, int64_t)>& work) {
+  int64_t parts = threads < 1 ? 1 : threads;
+  if (parts > n / smallest) parts = n / smallest < 1 ? 1 : n / smallest;
+  std::vector<std::thread> others;
+  others.reserve(parts - 1);
+  for (int64_t part = 1; part < parts; ++part)
+    others.emplace_back([&work, n, part, parts] { work(n * part / parts, n * (part + 1) / parts); });
+  work(0, n / parts);
+  for (auto& thread : others) thread.join();
+}
+
+}  // namespace megatronish

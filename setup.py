@@ -1,0 +1,132 @@
+"""Builds the native modules: `_cpu` with the C++ compiler, `_cuda` with nvcc. Needs neither torch nor a GPU.
+
+Without a compiler the package still installs; every operation then runs in Python. What was built, and why the rest was not, is
+written to `megatronish/native_build.json`; `python -m megatronish.native` prints it. `MEGATRONISH_CUDA=0` leaves the CUDA part out,
+`=1` makes its failure an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CUDA_ARCHS = ("80", "90", "100")
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc: CUDA_HOME first, then PATH, then the usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [Path(home) / "bin" / "nvcc"] if home else []
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(Path(on_path))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def cuda_arch_flags(nvcc: str) -> list[str]:
+    """Machine code for each of CUDA_ARCHS that this nvcc knows, and PTX of the newest for the devices that follow."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    if not archs:
+        raise CompileError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+class BuildNative(build_ext):
+    """Builds what can be built and records what could not, with the reason."""
+
+    record: dict[str, str]
+
+    def run(self) -> None:
+        self.record = {}
+        wanted = os.environ.get("MEGATRONISH_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"MEGATRONISH_CUDA={wanted!r}: must be 0 (leave out), 1 (require) or unset (build where nvcc is)")
+        super().run()
+        for name, outcome in self.record.items():
+            print(f"megatronish._{name}: {outcome}")
+        here = Path(__file__).resolve().parent
+        root = here if self.inplace or getattr(self, "editable_mode", False) else Path(self.build_lib)
+        path = root / "megatronish" / "native_build.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.record, indent=1) + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition("_")[2]
+        # An object of one module must not be taken for the other's: both compile bindings.cpp.
+        self.build_temp = str(Path(self.build_temp).parent / f"{Path(self.build_temp).name.split('+')[0]}+{name}")
+        try:
+            if name == "cuda":
+                self.build_cuda(ext)
+            else:
+                super().build_extension(ext)
+        except Exception as error:
+            # A module of an earlier build must not stand in for the one that failed.
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            self.record[name] = f"not built: {' '.join(str(error).split())[:400]}"
+            if name == "cuda" and os.environ.get("MEGATRONISH_CUDA") == "1":
+                raise SystemExit(f"MEGATRONISH_CUDA=1, but the CUDA part was {self.record[name]}") from error
+            # Extensions are optional: setuptools goes on after a CompileError.
+            raise CompileError(str(error)) from error
+        self.record[name] = "built"
+
+    def build_cuda(self, ext: Extension) -> None:
+        """One call of nvcc: kernels, bindings, static CUDA runtime."""
+        if os.environ.get("MEGATRONISH_CUDA") == "0":
+            raise CompileError("MEGATRONISH_CUDA=0")
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise CompileError("no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-shared", "-cudart=static", "-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command += cuda_arch_flags(nvcc)
+        if os.environ.get("CXX"):
+            command.append(f"-ccbin={os.environ['CXX']}")
+        command += [f"-D{macro}={value}" for macro, value in ext.define_macros]
+        command += [f"-I{folder}" for folder in [*ext.include_dirs, sysconfig.get_paths()["include"]]]
+        command += [*ext.sources, "-o", str(output)]
+        print(" ".join(command))
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise CompileError(f"nvcc ended with {result.returncode}: {(result.stderr or result.stdout)[-2000:]}")
+
+
+def extensions() -> list[Extension]:
+    """The two modules; neither stops the installation when it cannot be built."""
+    import pybind11  # present while building, not while installing from a wheel
+
+    shared = {"include_dirs": ["csrc", pybind11.get_include()], "language": "c++", "optional": True}
+    # -ffp-contract=off: no fused multiply-add, so every instruction set, and the GPU, rounds alike.
+    cpu_flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    return [
+        Extension(
+            "megatronish._cpu",
+            ["csrc/bindings.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/gather.cpp"],
+            define_macros=[("MEGATRONISH_CPU", "1")],
+            depends=["csrc/cpu/cpu.h"],
+            extra_compile_args=cpu_flags,
+            extra_link_args=["-pthread"],
+            **shared,
+        ),
+        Extension(
+            "megatronish._cuda",
+            ["csrc/bindings.cpp", "csrc/cuda/adamw.cu"],
+            define_macros=[("MEGATRONISH_CUDA", "1")],
+            depends=["csrc/cuda/cuda.h"],
+            **shared,
+        ),
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
