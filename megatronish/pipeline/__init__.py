@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as lists, lowered to communication, proved, then run."""
