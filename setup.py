@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -42,6 +43,13 @@ def cuda_arch_flags(nvcc: str) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
+def reason_of(error: Exception) -> str:
+    """One short line: a failed command by its program and exit status, anything else by its text."""
+    text = " ".join(str(error).split())
+    command = re.search(r"ommand '\['?([^', ]+)'.*(exit status \d+)", text)
+    return f"{command[1]} failed ({command[2]})" if command else text[:400]
+
+
 class BuildNative(build_ext):
     """Builds what can be built and records what could not, with the reason."""
 
@@ -73,7 +81,7 @@ class BuildNative(build_ext):
         except Exception as error:
             # A module of an earlier build must not stand in for the one that failed.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
-            self.record[name] = f"not built: {' '.join(str(error).split())[:400]}"
+            self.record[name] = f"not built: {reason_of(error)}"
             if name == "cuda" and os.environ.get("MEGATRONISH_CUDA") == "1":
                 raise SystemExit(f"MEGATRONISH_CUDA=1, but the CUDA part was {self.record[name]}") from error
             # Extensions are optional: setuptools goes on after a CompileError.

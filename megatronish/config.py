@@ -9,11 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# Integers travel between ranks as int64.
+PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=2**63 - 1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -84,15 +86,15 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """Token files on disk. A prefix names PREFIX.bin and PREFIX.idx."""
 
-    train: str
+    train: Text
     """Prefix of the training tokens."""
-    validation: str | None = None
+    validation: Text | None = None
     """Prefix of held-out tokens."""
     validation_fraction: Fraction = 0.0
     """Without `validation`: this share of the training set's documents, its last ones, is held out."""
     sequence_length: PositiveInt
     """Tokens S in one sample."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """A tokenizer.json; gives bits per byte and a check of the vocabulary."""
 
 
@@ -173,7 +175,7 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run's folder is RUN_ROOT/NAME."""
-    run_root: str = "runs"
+    run_root: Text = "runs"
     """Where run folders are made."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()

@@ -1,0 +1,154 @@
+"""`megatronish VERB`. A verb's module is imported when the verb runs, so that `--help` answers at once.
+
+A UserError is one `error:` line a problem on stderr and exit code 2; an interrupt is 130.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import megatronish
+from megatronish.errors import UserError
+
+if TYPE_CHECKING:
+    from megatronish.config import Config
+
+# Without rich markup the help needs no rich: a third of the time.
+OPTIONS: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "no_args_is_help": True,
+    "add_completion": False,
+}
+# Everything after the verb, `--help` too, belongs to the verb's own command line.
+PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(name="megatronish", help="Train language models with tensor, pipeline and data parallelism.", **OPTIONS)
+config_app = typer.Typer(help="Print, check and describe run configs.", **OPTIONS)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; configs/ holds some.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For example optim.lr=1e-4 train.steps=20")]
+Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Start this many local processes, one a rank.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and what is native.")] = False) -> None:
+    if version:
+        native = importlib.import_module("megatronish.native")
+        typer.echo(f"megatronish {megatronish.__version__}\n{native.describe()}")
+        raise typer.Exit()
+
+
+@config_app.command("print")
+def print_config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the resolved config: base files merged, overrides applied, defaults filled in."""
+    loader = importlib.import_module("megatronish.config_loader")
+    typer.echo(loader.to_yaml(loader.load_config(config, overrides or [])), nl=False)
+
+
+@config_app.command("check")
+def check_config(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option(min=1, help="Number of ranks the run will have.")] = None,
+) -> None:
+    """Check a config, every problem at once: the fields, and how they go together with each other and with the number of ranks."""
+    loader = importlib.import_module("megatronish.config_loader")
+    typer.echo(f"{config}: ok: {_summary(loader.load_config(config, overrides or [], world_size=world), world)}")
+
+
+@config_app.command("schema")
+def print_schema() -> None:
+    """Print the JSON schema of a config file, for editors: `# yaml-language-server: $schema=FILE` on its first line."""
+    import json
+
+    typer.echo(json.dumps(importlib.import_module("megatronish.config_loader").json_schema(), indent=2))
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, nproc: Processes = None) -> None:
+    """Train, or resume: running the same command again goes on from the newest checkpoint that verifies.
+
+    Example: megatronish train configs/demo_cpu.yaml train.steps=20 --nproc 8
+    """
+    _finish(importlib.import_module("megatronish.train").main(str(config), overrides or [], nproc))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")],
+    data: Annotated[str, typer.Option(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx hold the text.")],
+    nproc: Processes = None,
+) -> None:
+    """Perplexity, bits per byte and per token of a run's newest checkpoint on a set of tokens.
+
+    Example: megatronish eval runs/demo_cpu --data runs/demo-data/heldout
+    """
+    _finish(importlib.import_module("megatronish.evaluate").main(str(run), data, nproc))
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def data(context: typer.Context) -> None:
+    """Train tokenizers, tokenize text, inspect sets of tokens."""
+    _sub_app("megatronish.data.cli", context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure parts against their reference and their limit."""
+    _sub_app("megatronish.bench.cli", context)
+
+
+def main() -> None:
+    """Entry point of the `megatronish` command."""
+    try:
+        app(prog_name="megatronish")
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _finish(outcome: int | None) -> None:
+    raise typer.Exit(outcome or 0)
+
+
+def _sub_app(module: str, context: typer.Context) -> None:
+    """Run the typer app `app` of `module` on the arguments after the verb."""
+    sub_app = importlib.import_module(module).app
+    typer.main.get_command(sub_app).main(args=context.args, prog_name=context.command_path)
+
+
+def _short(number: float) -> str:
+    scale, letter = next(((s, x) for s, x in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if number >= s), (1.0, ""))
+    return f"{number / scale:.4g}{letter}"
+
+
+def _summary(config: Config, world: int | None) -> str:
+    formulas = importlib.import_module("megatronish.formulas")
+    parallel, tokens = config.parallel, config.train.global_batch_size * config.data.sequence_length
+    facts = [
+        f"{_short(formulas.num_parameters(config.model))} parameters",
+        f"{config.num_steps:,} steps of {tokens:,} tokens",
+    ]
+    if world is None and parallel.data is not None:
+        world = parallel.tensor * parallel.pipeline * parallel.data
+    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data"
+    if world is None:
+        return ", ".join([f"{layout} any", *facts])
+    microbatches = config.num_microbatches(world)
+    idle = formulas.pipeline_idle_fraction(parallel.pipeline, microbatches)
+    facts.append(f"{microbatches} microbatches, {idle:.1%} idle in the pipeline")
+    return ", ".join([f"{world:,} ranks = {layout} {config.data_parallel_size(world)}", *facts])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""What the fields of a config owe each other and the number of ranks: one table, read by `config check`, `plan` and `preflight`.
+
+A row says when it applies, what must hold, and, when it does not, both numbers, the key to change and values near by that would do.
+A row applies only where the rows it builds on hold, so that one mistake gives one line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatronish.config import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A config and, when it is known, the number of ranks: what a row reads."""
+
+    config: Config
+    given_world: int | None
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.config.parallel
+
+    @property
+    def data(self) -> DataConfig:
+        return self.config.data
+
+    @property
+    def optim(self) -> OptimConfig:
+        return self.config.optim
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.config.train
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.parallel.tensor * self.parallel.pipeline
+
+    @property
+    def replicas(self) -> int | None:
+        """Data ranks, when they are known and the world divides into them."""
+        if self.parallel.data is not None or self.given_world is None:
+            return self.parallel.data
+        return None if self.given_world % self.model_ranks else self.given_world // self.model_ranks
+
+    @property
+    def samples_at_once(self) -> int | None:
+        """Samples of one microbatch on every data rank."""
+        return None if self.replicas is None else self.train.micro_batch_size * self.replicas
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One row. `keys[0]` is the key to change first; the message names them all."""
+
+    name: str
+    keys: tuple[str, ...]
+    holds: Callable[[Layout], bool]
+    message: Callable[[Layout], str]
+    applies: Callable[[Layout], bool] = lambda layout: True
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A constraint that does not hold."""
+
+    name: str
+    keys: tuple[str, ...]
+    message: str
+
+
+def find_problems(config: Config, world_size: int | None, *, partial: bool = False) -> list[Problem]:
+    """Every row that does not hold, in the table's order. `world_size` None: what can be said without it.
+
+    `partial`: the config may lack fields; rows that read a missing one are left out.
+    """
+    layout = Layout(config, world_size)
+    problems = []
+    for row in CONSTRAINTS:
+        try:
+            if row.applies(layout) and not row.holds(layout):
+                problems.append(Problem(row.name, row.keys, row.message(layout)))
+        except AttributeError:
+            if not partial:
+                raise
+    return problems
+
+
+def check(config: Config, world_size: int | None = None) -> list[str]:
+    """One line a problem; nothing when the config is sound."""
+    return [problem.message for problem in find_problems(config, world_size)]
+
+
+def divisors_near(number: int, target: int, *, count: int = 4) -> str:
+    """The divisors of `number` nearest to `target`, rising, in words: `1, 2 or 4`."""
+    # Small ones and their partners: a mistyped size of 10^18 must not hold up its own error message.
+    divisors = {d for low in range(1, min(math.isqrt(number), 10_000) + 1) if number % low == 0 for d in (low, number // low)}
+    return _either(sorted(sorted(divisors, key=lambda d: (abs(d - target), d))[:count]))
+
+
+def multiples_near(step: int, target: int) -> str:
+    """The multiples of `step` on both sides of `target`, in words."""
+    below = target // step * step
+    return _either([m for m in (below, below + step) if m > 0])
+
+
+def _either(values: list[int]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _divides(divisor_key: str, size_key: str, divisor: Callable[[Layout], int], size: Callable[[Layout], int]) -> Constraint:
+    """`size` must be a multiple of `divisor`, which is the key to change."""
+    return Constraint(
+        name=f"{size_key} % {divisor_key}",
+        keys=(divisor_key, size_key),
+        holds=lambda c: size(c) % divisor(c) == 0,
+        message=lambda c: (
+            f"{size_key}={size(c)} is not divisible by {divisor_key}={divisor(c)}; "
+            f"set {divisor_key} to {divisors_near(size(c), divisor(c))}, or {size_key} to {multiples_near(divisor(c), size(c))}"
+        ),
+    )
+
+
+def _heads_divide_hidden(c: Layout) -> bool:
+    return c.model.hidden_size % c.model.num_heads == 0
+
+
+def _cut_sizes(c: Layout) -> dict[str, int]:
+    """What parallel.tensor cuts into equal parts. Vocabulary rows may be uneven; key/value heads are never replicated."""
+    model = c.model
+    sizes = {"model.num_heads": model.num_heads, "model.mlp_size": model.mlp_size}
+    if model.num_kv_heads is not None:
+        sizes["model.num_kv_heads"] = model.num_kv_heads
+    if c.parallel.sequence:
+        sizes["data.sequence_length"] = c.data.sequence_length
+    return sizes
+
+
+def _uncut(c: Layout) -> dict[str, int]:
+    return {key: size for key, size in _cut_sizes(c).items() if size % c.parallel.tensor}
+
+
+def _tensor_advice(c: Layout) -> str:
+    if len(_uncut(c)) > 1:
+        return ""
+    ((key, size),) = _uncut(c).items()
+    also = ", or parallel.sequence to false" if key == "data.sequence_length" else ""
+    return f", or {key} to {multiples_near(c.parallel.tensor, size)}{also}"
+
+
+def _layers_suffice(c: Layout) -> bool:
+    return c.model.num_layers >= c.parallel.pipeline
+
+
+def _batch_divides(c: Layout) -> bool:
+    return c.samples_at_once is None or c.train.global_batch_size % c.samples_at_once == 0
+
+
+def _microbatches(c: Layout) -> int:
+    assert c.samples_at_once is not None
+    return c.train.global_batch_size // c.samples_at_once
+
+
+def _steps_known(c: Layout) -> bool:
+    return (c.train.steps is None) != (c.train.tokens is None)
+
+
+MODEL = (
+    _divides("model.num_heads", "model.hidden_size", lambda c: c.model.num_heads, lambda c: c.model.hidden_size),
+    Constraint(
+        name="head size even",
+        keys=("model.num_heads", "model.hidden_size"),
+        applies=_heads_divide_hidden,
+        holds=lambda c: c.model.head_size % 2 == 0,
+        message=lambda c: (
+            f"model.hidden_size={c.model.hidden_size} / model.num_heads={c.model.num_heads} is a head size of "
+            f"{c.model.head_size}, which is odd; the rotary embedding turns pairs, so change model.num_heads"
+        ),
+    ),
+    _divides("model.num_kv_heads", "model.num_heads", lambda c: c.model.kv_heads, lambda c: c.model.num_heads),
+)
+
+TENSOR = (
+    Constraint(
+        name="parallel.tensor divides what it cuts",
+        keys=("parallel.tensor",),
+        holds=lambda c: not _uncut(c),
+        message=lambda c: (
+            f"parallel.tensor={c.parallel.tensor} does not divide "
+            f"{', '.join(f'{key}={size}' for key, size in _uncut(c).items())}; "
+            f"set parallel.tensor to {divisors_near(math.gcd(*_cut_sizes(c).values()), c.parallel.tensor)}{_tensor_advice(c)}"
+        ),
+    ),
+)
+
+RANKS = (
+    Constraint(
+        name="model.num_layers >= parallel.pipeline",
+        keys=("parallel.pipeline", "model.num_layers"),
+        holds=_layers_suffice,
+        message=lambda c: (
+            f"parallel.pipeline={c.parallel.pipeline} stages for model.num_layers={c.model.num_layers}: a stage needs a "
+            f"layer; set parallel.pipeline to at most {c.model.num_layers}"
+        ),
+    ),
+    Constraint(
+        name="world = tensor x pipeline x data",
+        keys=("parallel.data", "parallel.tensor", "parallel.pipeline"),
+        applies=lambda c: c.given_world is not None and c.parallel.data is not None,
+        holds=lambda c: c.given_world == c.model_ranks * (c.parallel.data or 0),
+        message=lambda c: (
+            f"parallel.tensor={c.parallel.tensor} x parallel.pipeline={c.parallel.pipeline} x parallel.data="
+            f"{c.parallel.data} is {c.model_ranks * (c.parallel.data or 0)} ranks, but there are {c.given_world}; "
+            + _data_advice(c)
+        ),
+    ),
+    Constraint(
+        name="world % (tensor x pipeline)",
+        keys=("parallel.tensor", "parallel.pipeline"),
+        applies=lambda c: c.given_world is not None and c.parallel.data is None,
+        holds=lambda c: (c.given_world or 0) % c.model_ranks == 0,
+        message=lambda c: (
+            f"{c.given_world} ranks are not divisible by parallel.tensor={c.parallel.tensor} x parallel.pipeline="
+            f"{c.parallel.pipeline} = {c.model_ranks}; start {multiples_near(c.model_ranks, c.given_world or 0)} ranks, or set "
+            f"parallel.tensor x parallel.pipeline to {divisors_near(c.given_world or 0, c.model_ranks)}"
+        ),
+    ),
+    Constraint(
+        name="train.global_batch_size % (train.micro_batch_size x data)",
+        keys=("train.global_batch_size", "train.micro_batch_size", "parallel.data"),
+        holds=_batch_divides,
+        message=lambda c: (
+            f"train.global_batch_size={c.train.global_batch_size} is not divisible by train.micro_batch_size="
+            f"{c.train.micro_batch_size} x {c.replicas} data ranks = {c.samples_at_once}; set train.global_batch_size to "
+            f"{multiples_near(c.samples_at_once or 1, c.train.global_batch_size)}"
+        ),
+    ),
+    Constraint(
+        name="microbatches >= parallel.pipeline",
+        keys=("train.global_batch_size", "train.micro_batch_size", "parallel.pipeline"),
+        applies=lambda c: c.samples_at_once is not None and _batch_divides(c) and _layers_suffice(c),
+        holds=lambda c: _microbatches(c) >= c.parallel.pipeline,
+        message=lambda c: (
+            f"train.global_batch_size={c.train.global_batch_size} makes {_microbatches(c)} microbatches on each of {c.replicas} "
+            f"data ranks, fewer than parallel.pipeline={c.parallel.pipeline}: stages would never all work; set "
+            f"train.global_batch_size to at least {(c.samples_at_once or 0) * c.parallel.pipeline}"
+        ),
+    ),
+)
+
+SCHEDULE = (
+    Constraint(
+        name="train.steps or train.tokens",
+        keys=("train.steps", "train.tokens"),
+        holds=_steps_known,
+        message=lambda c: (
+            "train.steps and train.tokens: neither is given; give one"
+            if c.train.steps is None
+            else f"train.steps={c.train.steps} and train.tokens={c.train.tokens}: both are given; remove one"
+        ),
+    ),
+    Constraint(
+        name="optim.warmup_steps <= steps",
+        keys=("optim.warmup_steps", "train.steps", "train.tokens"),
+        applies=_steps_known,
+        holds=lambda c: c.optim.warmup_steps <= c.config.num_steps,
+        message=lambda c: (
+            f"optim.warmup_steps={c.optim.warmup_steps} is longer than the run of {c.config.num_steps} steps "
+            f"(train.steps or train.tokens); set optim.warmup_steps to at most {c.config.num_steps}"
+        ),
+    ),
+    Constraint(
+        name="wsd needs optim.decay_steps",
+        keys=("optim.decay_steps", "optim.schedule"),
+        applies=lambda c: c.optim.schedule == "wsd",
+        holds=lambda c: c.optim.decay_steps is not None,
+        message=lambda c: "optim.decay_steps is not given, and optim.schedule=wsd needs it; a tenth of the steps is usual",
+    ),
+    Constraint(
+        name="constant has no decay",
+        keys=("optim.decay_steps", "optim.schedule"),
+        applies=lambda c: c.optim.schedule == "constant",
+        holds=lambda c: c.optim.decay_steps is None,
+        message=lambda c: (
+            f"optim.decay_steps={c.optim.decay_steps}, but optim.schedule=constant never decays; remove optim.decay_steps or "
+            f"choose cosine, linear or wsd"
+        ),
+    ),
+    Constraint(
+        name="warmup + decay <= steps",
+        keys=("optim.decay_steps", "optim.warmup_steps", "train.steps", "train.tokens"),
+        applies=lambda c: (
+            _steps_known(c)
+            and c.optim.decay_steps is not None
+            and c.optim.warmup_steps <= c.config.num_steps
+            and c.optim.schedule != "constant"
+        ),
+        holds=lambda c: c.optim.warmup_steps + (c.optim.decay_steps or 0) <= c.config.num_steps,
+        message=lambda c: (
+            f"optim.warmup_steps={c.optim.warmup_steps} + optim.decay_steps={c.optim.decay_steps} is longer than the run of "
+            f"{c.config.num_steps} steps; set optim.decay_steps to at most {c.config.num_steps - c.optim.warmup_steps}"
+        ),
+    ),
+    Constraint(
+        name="optim.min_lr <= optim.lr",
+        keys=("optim.min_lr", "optim.lr"),
+        holds=lambda c: c.optim.min_lr <= c.optim.lr,
+        message=lambda c: f"optim.min_lr={c.optim.min_lr} is above optim.lr={c.optim.lr}; set optim.min_lr to at most {c.optim.lr}",
+    ),
+)
+
+DATA = (
+    Constraint(
+        name="data.validation or data.validation_fraction",
+        keys=("data.validation_fraction", "data.validation"),
+        holds=lambda c: c.data.validation is None or c.data.validation_fraction == 0,
+        message=lambda c: (
+            f"data.validation={c.data.validation} and data.validation_fraction={c.data.validation_fraction}: both say what is "
+            f"held out; remove one"
+        ),
+    ),
+    Constraint(
+        name="data.validation differs from data.train",
+        keys=("data.validation", "data.train"),
+        holds=lambda c: c.data.validation != c.data.train,
+        message=lambda c: (
+            f"data.validation={c.data.validation} is data.train itself; name other files, or set data.validation_fraction"
+        ),
+    ),
+    Constraint(
+        name="train.eval_interval needs held-out data",
+        keys=("train.eval_interval", "data.validation"),
+        applies=lambda c: c.train.eval_interval > 0,
+        holds=lambda c: c.data.validation is not None or c.data.validation_fraction > 0,
+        message=lambda c: (
+            f"train.eval_interval={c.train.eval_interval}, but nothing is held out; set data.validation or "
+            f"data.validation_fraction, or train.eval_interval to 0"
+        ),
+    ),
+    *(
+        Constraint(
+            name=f"data.{field} is a prefix",
+            keys=(f"data.{field}",),
+            holds=lambda c, field=field: not str(getattr(c.data, field)).endswith((".bin", ".idx")),  # type: ignore[misc]
+            message=lambda c, field=field: (  # type: ignore[misc]
+                f"data.{field}={getattr(c.data, field)} names one file of a pair; "
+                f"write {getattr(c.data, field)[:-4]}, without .bin or .idx"
+            ),
+        )
+        for field in ("train", "validation")
+    ),
+)
+
+
+def _data_advice(c: Layout) -> str:
+    world = c.given_world or 0
+    if world % c.model_ranks == 0 and world:
+        return f"set parallel.data to {world // c.model_ranks}, or leave it out"
+    return f"start a multiple of {c.model_ranks} ranks, or change parallel.tensor or parallel.pipeline"
+
+
+CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *SCHEDULE, *DATA)

@@ -1,0 +1,125 @@
+"""Closed formulas of the field, each with its source: parameters, FLOPs, bubbles, activation bytes, peak rates."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatronish.config import ModelConfig
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """All parameters, the padded rows of embedding and output projection (not tied) included."""
+    return num_matrix_weights(model) + model.padded_vocab_size * model.hidden_size + (2 * model.num_layers + 1) * model.hidden_size
+
+
+def num_parameters_without_embeddings(model: ModelConfig) -> int:
+    """Parameters of the blocks and the last norm: without embedding and output projection (Kaplan et al. 2020 count so)."""
+    return num_parameters(model) - 2 * model.padded_vocab_size * model.hidden_size
+
+
+def num_matrix_weights(model: ModelConfig) -> int:
+    """Weights that are multiplied with every token: attention and MLP matrices and the output projection, not the embedding."""
+    query_size, kv_size = model.num_heads * model.head_size, model.kv_heads * model.head_size
+    attention = model.hidden_size * (query_size + 2 * kv_size) + query_size * model.hidden_size
+    mlp = 3 * model.hidden_size * model.mlp_size
+    return model.num_layers * (attention + mlp) + model.padded_vocab_size * model.hidden_size
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Floating-point operations of forward and backward for one token, as MFU counts them: 6 for each weight of a matrix and
+    12 L H K S for attention.
+
+    Chowdhery et al. 2022 (PaLM), appendix B: S x S scores are counted whole, although a causal kernel computes half of them, and
+    recomputation is not counted. So MFU compares with published numbers; it is not the share of time that the units are busy.
+    """
+    attention = 12 * model.num_layers * model.num_heads * model.head_size * sequence_length
+    return float(6 * num_matrix_weights(model) + attention)
+
+
+def mfu(tokens_per_second: float, *, flops_per_token: float, num_devices: int, peak_tflops: float) -> float:
+    """Model FLOPs utilisation, 0 to 1: the FLOPs that the model needs against what the devices could do."""
+    return tokens_per_second * flops_per_token / (num_devices * peak_tflops * 1e12)
+
+
+def gpt_parameters(*, num_layers: int, hidden_size: int, vocab_size: int, sequence_length: int) -> float:
+    """Parameters of a GPT with biases, MLP of 4 D, learned positions and tied embeddings: Narayanan et al. 2021, equation 2."""
+    h, layers = hidden_size, num_layers
+    return 12 * layers * h**2 * (1 + 13 / (12 * h) + (vocab_size + sequence_length) / (12 * layers * h))
+
+
+def gpt_step_flops(
+    *, batch_size: int, sequence_length: int, num_layers: int, hidden_size: int, vocab_size: int, recompute: Literal["none", "full"]
+) -> float:
+    """FLOPs of one step of the same GPT: Narayanan et al. 2021, equation 3 (96 B s l h^2 ..., with full recomputation counted);
+    without it three quarters of the blocks' share (72 B s l h^2 ...)."""
+    h, layers = hidden_size, num_layers
+    passes = {"none": 3, "full": 4}[recompute]
+    blocks = 24 * passes * batch_size * sequence_length * layers * h**2 * (1 + sequence_length / (6 * h))
+    return blocks + 6 * batch_size * sequence_length * h * vocab_size
+
+
+def pipeline_bubble(num_stages: int, num_microbatches: int, *, num_chunks: int = 1) -> float:
+    """Idle time over working time of a stage under 1F1B, (p - 1) / (m v): Narayanan et al. 2021, section 2.2."""
+    return (num_stages - 1) / (num_microbatches * num_chunks)
+
+
+def pipeline_idle_fraction(num_stages: int, num_microbatches: int) -> float:
+    """Share of the step that a stage idles under 1F1B, (p - 1) / (m + p - 1)."""
+    return (num_stages - 1) / (num_microbatches + num_stages - 1)
+
+
+def activation_bytes_per_layer(
+    *,
+    sequence_length: int,
+    micro_batch_size: int,
+    hidden_size: int,
+    num_heads: int,
+    tensor: int = 1,
+    sequence_parallel: bool = False,
+    recompute: Literal["none", "selective", "full"] = "none",
+) -> float:
+    """Bytes that one layer of a GPT (16-bit numbers, MLP of 4 D, dropout, scores kept) keeps for backward on one rank.
+
+    Korthikanti et al. 2022, table 2. Full recomputation keeps the layer's whole input, unless that is cut along the sequence too.
+    """
+    sbh = float(sequence_length * micro_batch_size * hidden_size)
+    if recompute == "full":
+        return 2 * sbh
+    scores = 0.0 if recompute == "selective" else 5 * num_heads * sequence_length / hidden_size
+    return sbh * (34 + scores) / tensor if sequence_parallel else sbh * (10 + (24 + scores) / tensor)
+
+
+# Dense peaks without sparsity, TFLOP/s: bfloat16, and float32 outside the tensor cores. NVIDIA and AMD data sheets. A name matches when
+# all its words are in the device's name; the first match counts, so the particular stand before the general.
+_PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("GB300", 2500.0, 80.0),
+    ("B300", 2250.0, 75.0),
+    ("GB200", 2500.0, 80.0),
+    ("B200", 2250.0, 75.0),
+    ("GH200", 989.4, 67.0),
+    ("H200 NVL", 835.5, 60.0),
+    ("H200", 989.4, 67.0),
+    ("H100 PCIE", 756.0, 51.0),
+    ("H100 NVL", 835.5, 60.0),
+    ("H800", 989.4, 67.0),
+    ("H100", 989.4, 67.0),
+    ("A100", 312.0, 19.5),
+    ("A800", 312.0, 19.5),
+    ("A10G", 70.0, 35.0),
+    ("A10", 125.0, 31.2),
+    ("L40S", 362.0, 91.6),
+    ("L4", 121.0, 30.3),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 3090", 71.0, 35.6),
+    ("MI300X", 1307.4, 163.4),
+    ("MI250X", 383.0, 47.9),
+)
+
+
+def peak_tflops(device_name: str, dtype: Literal["bfloat16", "float32"]) -> float | None:
+    """One device's dense peak in TFLOP/s by the name its driver gives it; None when the table does not know it."""
+    words = device_name.upper().replace("-", " ").replace("_", " ").split()
+    for name, bfloat16, float32 in _PEAKS:
+        if all(word in words for word in name.split()):
+            return bfloat16 if dtype == "bfloat16" else float32
+    return None
