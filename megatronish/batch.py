@@ -42,7 +42,10 @@ class Batch:
         """Views of `micro_batch_size` samples each, in order. Copies nothing."""
         return [
             Batch(
-                *(t[:, i : i + micro_batch_size] for t in (self.tokens_SB, self.labels_SB, self.loss_mask_SB, self.positions_SB)),
+                tokens_SB=self.tokens_SB[:, i : i + micro_batch_size],
+                labels_SB=self.labels_SB[:, i : i + micro_batch_size],
+                loss_mask_SB=self.loss_mask_SB[:, i : i + micro_batch_size],
+                positions_SB=self.positions_SB[:, i : i + micro_batch_size],
                 sample_numbers_B=self.sample_numbers_B[i : i + micro_batch_size],
             )
             for i in range(0, self.tokens_SB.shape[1], micro_batch_size)

@@ -65,3 +65,45 @@ def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return x
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def stream_handle(device: torch.device) -> int:
+    """The address of the current stream of a GPU, for native launchers."""
+    handle: int = torch.cuda.current_stream(device).cuda_stream
+    return handle
+
+
+class PhaseClock:
+    """Seconds of each phase of a step. On GPU it records events and waits for the device only when read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def begin(self) -> None:
+        """Start a step; what the last one recorded is dropped."""
+        self._marks = []
+        self.mark("")
+
+    def mark(self, phase: str) -> None:
+        """The phase named here ends now."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase. On GPU this waits until the device has finished the step."""
+        if self._on_gpu and self._marks:
+            last = self._marks[-1][1]
+            assert isinstance(last, torch.cuda.Event)
+            last.synchronize()
+        seconds = {}
+        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
+            if isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event):
+                seconds[phase] = before.elapsed_time(after) / 1000.0
+            elif isinstance(before, float) and isinstance(after, float):
+                seconds[phase] = after - before
+        return seconds

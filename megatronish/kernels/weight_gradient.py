@@ -29,3 +29,13 @@ def _fake(bucket_OI: Tensor, dy_TO: Tensor, x_TI: Tensor) -> None:
 
 accumulate_weight_gradient = register("accumulate_weight_gradient(Tensor(a!) bucket, Tensor dy, Tensor x) -> ()", _body, _fake)
 """bucket [O, I] += dy [T, O]^T x [T, I]; the bucket is float32 (or float64), dy and x have the activations' dtype."""
+
+
+def _rows_body(bucket_VD: Tensor, dy_TD: Tensor, rows_T: Tensor) -> None:
+    # Rows of other ranks add zero to row 0: no data-dependent shape, so nothing waits for the device.
+    here_T = (rows_T >= 0) & (rows_T < bucket_VD.shape[0])
+    bucket_VD.index_add_(0, rows_T * here_T, dy_TD.to(bucket_VD.dtype) * here_T[:, None])
+
+
+accumulate_row_gradient = register("accumulate_row_gradient(Tensor(a!) bucket, Tensor dy, Tensor rows) -> ()", _rows_body, _fake)
+"""bucket [V, D] at rows[t] += dy [T, D] at t, for rows int64 [T] inside [0, V); others are left out."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
+from megatronish.config import ModelConfig
 from megatronish.layout import Plan
 from megatronish.models import llama
 
@@ -16,7 +18,7 @@ class Architecture:
 
     module: type[nn.Module]
     tensor_parallel_plan: Plan
-    init_std: object
+    init_std: Callable[[ModelConfig, str], float | None]
     """`(config, parameter name) -> float | None`: standard deviation of its first weights; None: all ones."""
 
 

@@ -1,0 +1,206 @@
+"""Joins the packages into one rank's trainer: config + mesh -> model -> memory -> optimizer -> pipeline -> Trainer.
+
+`train.py`, `evaluate.py`, the tests and a rehearsal all build through these functions, so there is one trainer and no second model of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatronish import formulas
+from megatronish.batch import Batch
+from megatronish.comm import Group
+from megatronish.comm.streams import PhaseClock
+from megatronish.config import Config
+from megatronish.layout import ParamLayout
+from megatronish.models import MODELS
+from megatronish.optim.buckets import Bucket, bucket_elements, plan_buckets
+from megatronish.optim.grad_buffer import GradBuffer
+from megatronish.optim.parameters import FlatParameters
+from megatronish.optim.weight_gradients import WeightGradientQueue
+from megatronish.optim.zero import ZeroAdamW
+from megatronish.parallel.loss import vocab_parallel_cross_entropy
+from megatronish.parallel.mesh import Mesh, MeshShape
+from megatronish.parallel.recompute import recompute_blocks
+from megatronish.parallel.tensor import TensorParallel, apply_plan, make_param_layout
+from megatronish.pipeline.lower import Step, lower
+from megatronish.pipeline.runtime import ActivationSpec, PipelineRuntime
+from megatronish.pipeline.schedules import SCHEDULES, Action, Forward, actions_of_all_stages
+from megatronish.pipeline.split import split_layers
+from megatronish.pipeline.stage import Stage
+from megatronish.trainer import BatchSource, Trainer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def mesh_shape(config: Config, world_size: int) -> MeshShape:
+    """The axes' sizes of a run on `world_size` ranks."""
+    return MeshShape(pp=config.parallel.pipeline, dp=config.data_parallel_size(world_size), tp=config.parallel.tensor)
+
+
+def main_dtype(config: Config) -> torch.dtype:
+    """Of master weights, optimizer state and accumulated gradients."""
+    return torch.float64 if config.train.dtype == "float64" else torch.float32
+
+
+def split_model(config: Config) -> list[range]:
+    """The layers of each stage, balanced by FLOPs with the output projection counted."""
+    model = config.model
+    head = 6.0 * model.padded_vocab_size * model.hidden_size
+    layer = (formulas.flops_per_token(model, config.data.sequence_length) - head) / model.num_layers
+    # Looking up an embedding is no product: it costs next to nothing.
+    return split_layers(model.num_layers, config.parallel.pipeline, layer_cost=layer, embedding_cost=0.0, head_cost=head)
+
+
+def plain_stages(config: Config) -> list[nn.Module]:
+    """Every stage of the plain model, on the meta device: shapes and names, no memory."""
+    architecture, split = MODELS[config.model.architecture], split_model(config)
+    last = len(split) - 1
+    return [
+        architecture.module(
+            config.model,
+            layers=layers,
+            has_embedding=stage == 0,
+            has_head=stage == last,
+            dtype=DTYPES[config.train.dtype],
+            device="meta",
+        )
+        for stage, layers in enumerate(split)
+    ]
+
+
+@dataclass
+class CutModel:
+    """This rank's part of the model, with memory but without values, and the tables it was cut by."""
+
+    model: nn.Module
+    layout: ParamLayout
+    buckets: list[Bucket]
+    parameters: FlatParameters
+    gradients: WeightGradientQueue
+
+
+def buckets_of(config: Config, layout: ParamLayout, *, stage: int, tp_rank: int, dp_size: int) -> list[Bucket]:
+    """The buckets of any rank: what it holds, reduces and saves is a function of its coordinates."""
+    size = bucket_elements(config.optim.bucket_mib, torch.empty((), dtype=main_dtype(config)).element_size())
+    placements = layout.of_stage(stage)
+    return plan_buckets(placements, tp_rank=tp_rank, tp_size=layout.tp_size, dp_size=dp_size, bucket_elements=size)
+
+
+def cut_model(config: Config, mesh: Mesh) -> CutModel:
+    """Build this rank's stage under global names, cut it by its architecture's plan, and give it flat memory (NaN until drawn or loaded)."""
+    plan = MODELS[config.model.architecture].tensor_parallel_plan
+    stages = plain_stages(config)
+    sequence_parallel = config.parallel.sequence and mesh.size("tp") > 1
+    layout = make_param_layout(stages, plan, tp_size=mesh.size("tp"), sequence_parallel=sequence_parallel)
+    gradients = WeightGradientQueue()
+    tp = TensorParallel(
+        group=mesh.groups["tp"],
+        sequence_parallel=sequence_parallel,
+        # On CPU memory is plentiful and a collective dear; under full recomputation the input is gathered anew anyway.
+        regather_input=mesh.device_kind != "cpu" and sequence_parallel and config.parallel.recompute == "none",
+        sink=gradients,
+    )
+    model = stages[mesh.index("pp")]
+    apply_plan(model, plan, tp)
+    buckets = buckets_of(config, layout, stage=mesh.index("pp"), tp_rank=mesh.index("tp"), dp_size=mesh.size("dp"))
+    parameters = FlatParameters(model, buckets, dtype=DTYPES[config.train.dtype], device=mesh.device)
+    return CutModel(model, layout, buckets, parameters, gradients)
+
+
+def draw_weights(config: Config, cut: CutModel) -> None:
+    """First values, a function of the seed and of each weight's global name and coordinates."""
+    std_of = MODELS[config.model.architecture].init_std
+    cut.parameters.draw(cut.layout.placements, seed=config.train.seed, std_of=lambda name: std_of(config.model, name))
+
+
+@dataclass(frozen=True)
+class MaskedLossSum:
+    """(logits, microbatch) -> the sum of the losses of its target tokens, equal on every tp rank."""
+
+    vocab_size: int
+    padded_vocab_size: int
+    group: Group
+
+    def __call__(self, logits_SBV: Tensor, batch: Batch) -> Tensor:
+        loss_SB = vocab_parallel_cross_entropy(
+            logits_SBV, batch.labels_SB, vocab_size=self.vocab_size, padded_vocab_size=self.padded_vocab_size, group=self.group
+        )
+        return (loss_SB * batch.loss_mask_SB).sum()
+
+
+def build_pipeline(config: Config, mesh: Mesh, model: nn.Module) -> PipelineRuntime:
+    """The runtime of this rank's stage."""
+    loss = MaskedLossSum(config.model.vocab_size, config.model.padded_vocab_size, mesh.groups["tp"])
+    stage = Stage(model, is_first=mesh.is_first_stage, is_last=mesh.is_last_stage, loss_function=loss)
+    S = config.data.sequence_length // (mesh.size("tp") if config.parallel.sequence else 1)
+    shape = (S, config.train.micro_batch_size, config.model.hidden_size)
+    activation = ActivationSpec(shape, DTYPES[config.train.dtype], mesh.device)
+    return PipelineRuntime(stage, group=mesh.groups["pp"], activation=activation, device_kind=mesh.device_kind)
+
+
+def training_steps(config: Config, mesh: Mesh) -> list[Step]:
+    """This stage's lowered schedule."""
+    num_microbatches = config.num_microbatches(mesh.shape.num_ranks)
+    return lower(actions_of_all_stages(SCHEDULES["1f1b"], mesh.size("pp"), num_microbatches), mesh.index("pp"))
+
+
+def evaluation_steps(config: Config, mesh: Mesh) -> list[Step]:
+    """Forwards only, lowered."""
+    forwards: list[Action] = [Forward(i) for i in range(config.num_microbatches(mesh.shape.num_ranks))]
+    return lower([forwards] * mesh.size("pp"), mesh.index("pp"))
+
+
+@dataclass
+class Assembly:
+    """One rank's trainer and what it was built from."""
+
+    config: Config
+    mesh: Mesh
+    cut: CutModel
+    optimizer: ZeroAdamW
+    trainer: Trainer
+
+
+def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
+    """Build everything a rank needs to train. Weights are NaN until drawn (`draw_weights`) or loaded."""
+    cut = cut_model(config, mesh)
+    grads = GradBuffer(
+        cut.buckets,
+        cut.parameters.by_name,
+        groups=mesh.groups,
+        zero_stage=config.parallel.zero_stage,
+        dtype=main_dtype(config),
+        device=mesh.device,
+    )
+    cut.gradients.attach(grads)
+    optimizer = ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=config.parallel.zero_stage)
+    _wait_before_use(cut.model, optimizer)
+    if config.parallel.recompute == "full":
+        blocks = cut.model.get_submodule("layers")
+        assert isinstance(blocks, nn.ModuleDict)
+        recompute_blocks(blocks)
+    trainer = Trainer(
+        config=config,
+        mesh=mesh,
+        batches=batches,
+        pipeline=build_pipeline(config, mesh, cut.model),
+        train_steps=training_steps(config, mesh),
+        evaluation_steps=evaluation_steps(config, mesh),
+        grads=grads,
+        optimizer=optimizer,
+        clock=PhaseClock(mesh.device),
+    )
+    return Assembly(config, mesh, cut, optimizer, trainer)
+
+
+def _wait_before_use(model: nn.Module, optimizer: ZeroAdamW) -> None:
+    """Each block, and each module outside of blocks, waits for its own parameters: forward runs under the gathering of later ones."""
+    units = {name: module for name, module in model.named_children() if name != "layers"}
+    units |= {f"layers.{name}": block for name, block in model.get_submodule("layers").named_children()}
+    for unit_name, unit in units.items():
+        names = [f"{unit_name}.{name}" for name, _ in unit.named_parameters()]
+        unit.register_forward_pre_hook(lambda module, inputs, names=names: optimizer.ensure_parameters(names))

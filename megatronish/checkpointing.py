@@ -1,0 +1,108 @@
+"""Joins the trainer and the checkpoint package: which pieces of which tensors a run saves and loads, and the numbers beside them.
+
+Saved are the optimizer's states `master`, `exp_avg` and `exp_avg_sq` of every parameter, as boxes of the global tensors; the parameters
+themselves are the master weights, rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatronish import __version__
+from megatronish.assemble import Assembly, CutModel, buckets_of, main_dtype
+from megatronish.checkpoint.load import Checkpoint, newest_loadable
+from megatronish.checkpoint.manifest import TensorSpec, dtype_name
+from megatronish.checkpoint.pieces import Piece
+from megatronish.checkpoint.save import save_checkpoint
+from megatronish.checkpoint.storage import FileStorage, Storage
+from megatronish.config import Config
+from megatronish.layout import ParamLayout
+from megatronish.optim.zero import STATES, saved_boxes
+from megatronish.parallel.mesh import Mesh
+
+
+def tensor_name(state: str, parameter: str) -> str:
+    """How a state of a parameter is called in a checkpoint."""
+    return f"{state}/{parameter}"
+
+
+def tensor_specs(config: Config, layout: ParamLayout) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint of this run."""
+    dtype = dtype_name(main_dtype(config))
+    return {tensor_name(s, name): (p.global_shape, dtype) for name, p in layout.placements.items() for s in STATES}
+
+
+def pieces_of_rank(config: Config, mesh: Mesh, layout: ParamLayout) -> Callable[[int], list[Piece]]:
+    """What any rank saves, as a function of its number: a function of (layout, mesh) alone."""
+
+    def pieces(rank: int) -> list[Piece]:
+        at = mesh.shape.coordinates(rank)
+        buckets = buckets_of(config, layout, stage=at["pp"], tp_rank=at["tp"], dp_size=mesh.shape.dp)
+        boxes = saved_boxes(buckets, tp_rank=at["tp"], dp_rank=at["dp"], dp_size=mesh.shape.dp)
+        return [Piece(tensor_name(state, name), box) for state, name, box in boxes]
+
+    return pieces
+
+
+def save(
+    run: Assembly, root: Path, *, step: int, data_fingerprint: int, token: str | None = None, storage: Storage | None = None
+) -> Path:
+    """Save the run after `step`. Collective over the job; waits for the device and the disk."""
+    run.optimizer.ensure_parameters()
+    config, mesh, layout = run.config, run.mesh, run.cut.layout
+    return save_checkpoint(
+        root,
+        step=step,
+        local=[(Piece(tensor_name(state, name), box), values) for state, name, box, values in run.optimizer.owned_pieces()],
+        pieces_of_rank=pieces_of_rank(config, mesh, layout),
+        shapes=tensor_specs(config, layout),
+        state={
+            "step": step,
+            "consumed_samples": step * config.train.global_batch_size,
+            "consumed_tokens": step * config.train.global_batch_size * config.data.sequence_length,
+            "data_fingerprint": f"{data_fingerprint:016x}",
+            "config": config.model_dump(),
+            "layout": {"tp": mesh.shape.tp, "pp": mesh.shape.pp, "dp": mesh.shape.dp},
+            "versions": {"megatronish": __version__, "torch": torch.__version__},
+        },
+        world=mesh.groups["world"],
+        keep=config.checkpoint.keep,
+        storage=storage or FileStorage(),
+        token=token,
+        device=mesh.device,
+    )
+
+
+def load_newest(run: Assembly, root: Path, *, log: Callable[[str], None]) -> Mapping[str, Any] | None:
+    """Load the newest checkpoint that verifies into the optimizer and the parameters, whatever layout saved it; its numbers, or None.
+
+    Collective over the job. UserError if it does not fit the model, or none of several verifies."""
+    checkpoint = newest_loadable(root, world=run.mesh.groups["world"], log=log, device=run.mesh.device)
+    if checkpoint is None:
+        return None
+    with closing(checkpoint):
+        checkpoint.check_tensors(tensor_specs(run.config, run.cut.layout))
+        for state, name, box, values in run.optimizer.needed_pieces():
+            checkpoint.read(tensor_name(state, name), box, values)
+        run.optimizer.publish_master()
+        return checkpoint.state
+
+
+def load_weights(checkpoint: Checkpoint, cut: CutModel) -> None:
+    """Fill the parameters of `cut` from the checkpoint's master weights, rounded to the parameters' dtype."""
+    with torch.no_grad():
+        for bucket in cut.buckets:
+            for slot in bucket.slots:
+                parameter = cut.parameters.by_name[slot.name]
+                checkpoint.read(tensor_name("master", slot.name), slot.local_box, parameter.data, dtype="convert")
+
+
+def count_parameters(layout: ParamLayout) -> int:
+    """Elements of the whole model, padding included."""
+    return sum(math.prod(p.global_shape) for p in layout.placements.values())

@@ -1,0 +1,132 @@
+"""AdamW with its state in slices: ZeRO stages 0 and 1 (Rajbhandari et al. 2020) over flat buckets.
+
+Stage 1: a data rank updates its slice of each bucket and the slices are gathered, bucket by bucket, under the forward that follows. Stage 0:
+every rank updates everything. Either way a rank *owns* (counts in the norm, saves) the same slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatronish.comm import Group, Pending
+from megatronish.comm.collectives import start_all_gather_into
+from megatronish.config import OptimConfig
+from megatronish.kernels.adamw import AdamWStep, adamw_
+from megatronish.layout import Rectangle
+from megatronish.optim.buckets import Bucket
+from megatronish.optim.grad_buffer import GradBuffer
+from megatronish.optim.parameters import FlatParameters
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+class ZeroAdamW:
+    """The optimizer of one rank. Call order in a step: `step`, then `ensure_parameters` before a parameter is read."""
+
+    def __init__(
+        self, config: OptimConfig, parameters: FlatParameters, grads: GradBuffer, *, dp: Group, zero_stage: Literal[0, 1]
+    ) -> None:
+        self.config = config
+        self.parameters = parameters
+        self.grads = grads
+        self.dp = dp
+        self.zero_stage = zero_stage
+        self._gathering: dict[int, Pending] = {}
+        self._bucket_of = {slot.name: i for i, b in enumerate(parameters.buckets) for slot in b.slots}
+        self.states: list[dict[str, Tensor]] = []
+        for bucket, flat, grad in zip(parameters.buckets, parameters.flat, grads.flat, strict=True):
+            start, stop = self._updated_range(bucket)
+            mine = flat[start:stop]
+            # In full precision the parameters are their own master copy.
+            master = mine if flat.dtype == grad.dtype else mine.to(grad.dtype)
+            zeros = {name: torch.zeros(stop - start, dtype=grad.dtype, device=grad.device) for name in STATES[1:]}
+            self.states.append({"master": master, **zeros})
+
+    def _updated_range(self, bucket: Bucket) -> tuple[int, int]:
+        return bucket.owned_range(self.dp.index, self.dp.size) if self.zero_stage == 1 else (0, bucket.num_elements)
+
+    def reset_master(self) -> None:
+        """Take the parameters' values as the master weights (after they were drawn)."""
+        for bucket, flat, state in zip(self.parameters.buckets, self.parameters.flat, self.states, strict=True):
+            start, stop = self._updated_range(bucket)
+            if state["master"].dtype != flat.dtype:
+                state["master"].copy_(flat[start:stop])
+
+    def step(self, *, step: int, lr: float, grad_scale: Tensor) -> None:
+        """Update with gradients x grad_scale (a device scalar); start gathering the new parameters. Does not wait for the device."""
+        c = self.config
+        for index, (bucket, flat, state) in enumerate(zip(self.parameters.buckets, self.parameters.flat, self.states, strict=True)):
+            start, stop = self._updated_range(bucket)
+            numbers = AdamWStep(lr, c.beta1, c.beta2, c.eps, c.weight_decay if bucket.weight_decay else 0.0, step)
+            low = None if state["master"].dtype == flat.dtype else flat[start:stop]
+            grad = self.grads.flat[index][start:stop]
+            adamw_(state["master"], grad, state["exp_avg"], state["exp_avg_sq"], scale=grad_scale, low=low, numbers=numbers)
+        self.start_gathering()
+
+    def publish_master(self) -> None:
+        """Give the parameters the master weights' values, on every data rank (after they were loaded)."""
+        for bucket, flat, state in zip(self.parameters.buckets, self.parameters.flat, self.states, strict=True):
+            start, stop = self._updated_range(bucket)
+            if state["master"].dtype != flat.dtype:
+                flat[start:stop].copy_(state["master"])
+        self.start_gathering()
+
+    def start_gathering(self) -> None:
+        """Begin to give every data rank the whole of each bucket, first layers first: forward needs them first."""
+        if self.zero_stage == 0 or self.dp.size == 1:
+            return
+        for index in reversed(range(len(self.parameters.buckets))):
+            start, stop = self._updated_range(self.parameters.buckets[index])
+            flat = self.parameters.flat[index]
+            self._gathering[index] = start_all_gather_into(flat, flat[start:stop], self.dp)
+
+    def ensure_parameters(self, names: Iterable[str] | None = None) -> None:
+        """Wait until the named parameters (default: all) hold this step's values: the one place that waits for the gathering."""
+        needed = set(self._gathering) if names is None else {self._bucket_of[name] for name in names} & set(self._gathering)
+        for index in sorted(needed, reverse=True):
+            self._gathering.pop(index).wait()
+
+    def owned_pieces(self) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
+        """What this rank saves: (state, parameter, box of the global tensor, its values as a flat view)."""
+        for bucket, state in zip(self.parameters.buckets, self.states, strict=True):
+            if not (bucket.replicated and self.grads.groups["tp"].index > 0):
+                yield from self._pieces(bucket, state, *bucket.owned_range(self.dp.index, self.dp.size))
+
+    def needed_pieces(self) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
+        """What this rank must load: the same tuples for all state that it updates."""
+        for bucket, state in zip(self.parameters.buckets, self.states, strict=True):
+            yield from self._pieces(bucket, state, *self._updated_range(bucket))
+
+    def _pieces(
+        self, bucket: Bucket, state: Mapping[str, Tensor], start: int, stop: int
+    ) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
+        base = self._updated_range(bucket)[0]
+        for name, box, flat in bucket.pieces(start, stop):
+            for kind in STATES:
+                yield kind, name, box, state[kind][flat - base : flat - base + box.num_elements]
+
+    def state_bytes(self) -> int:
+        """Bytes of moments, and of master weights where they are a copy of their own."""
+        copies = [
+            tensor
+            for state, flat in zip(self.states, self.parameters.flat, strict=True)
+            for name, tensor in state.items()
+            if name != "master" or tensor.dtype != flat.dtype
+        ]
+        return sum(t.numel() * t.element_size() for t in copies)
+
+
+def saved_boxes(
+    buckets: list[Bucket], *, tp_rank: int, dp_rank: int, dp_size: int
+) -> Iterator[tuple[str, str, Rectangle]]:
+    """(state, parameter, box) that the rank at these coordinates saves: `owned_pieces` as a pure function, for any rank."""
+    for bucket in buckets:
+        if bucket.replicated and tp_rank > 0:
+            continue
+        for name, box, _ in bucket.pieces(*bucket.owned_range(dp_rank, dp_size)):
+            for kind in STATES:
+                yield kind, name, box

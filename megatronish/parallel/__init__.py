@@ -1,0 +1,1 @@
+"""Cuts a model over ranks: rendezvous, mesh, tensor parallelism, loss, recomputation. Knows no architecture."""

@@ -1,0 +1,94 @@
+"""The mesh: this rank's coordinates on the axes pp, dp, cp, ep, tp (tp innermost) and its group along each.
+
+The only place where a global rank becomes coordinates. `cp` (context) and `ep` (expert) are axes of size 1: seams for later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megatronish.comm import Group, new_group
+from megatronish.comm.groups import world_group
+
+AXES = ("pp", "dp", "cp", "ep", "tp")
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the axes, outermost first, and the arithmetic between ranks and coordinates."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    ep: int = 1
+    tp: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def num_ranks(self) -> int:
+        return math.prod(self.sizes)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Rank -> its index on each axis."""
+        result = {}
+        for axis, size in zip(reversed(AXES), reversed(self.sizes), strict=True):
+            rank, result[axis] = divmod(rank, size)
+        return {axis: result[axis] for axis in AXES}
+
+    def rank_of(self, coordinates: Mapping[str, int]) -> int:
+        """The inverse; axes that are not named are 0."""
+        rank = 0
+        for axis, size in zip(AXES, self.sizes, strict=True):
+            rank = rank * size + coordinates.get(axis, 0)
+        return rank
+
+    def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The ranks that differ from `rank` on `axis` only, in order."""
+        here = self.coordinates(rank)
+        return tuple(self.rank_of({**here, axis: i}) for i in range(getattr(self, axis)))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """What a rank knows of its place. Control flow asks `device_kind`, never a tensor: a rehearsal says "cuda" on fake CPU tensors."""
+
+    shape: MeshShape
+    rank: int
+    groups: Mapping[str, Group]
+    """By axis, and "world"."""
+    device: torch.device
+    device_kind: str
+
+    def size(self, axis: str) -> int:
+        return self.groups[axis].size
+
+    def index(self, axis: str) -> int:
+        return self.groups[axis].index
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.index("pp") == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.index("pp") == self.size("pp") - 1
+
+    def describe(self) -> str:
+        """Coordinates for log lines, e.g. `pp0 dp1 tp0`."""
+        return " ".join(f"{axis}{self.index(axis)}" for axis in AXES if axis in ("pp", "dp", "tp") or self.size(axis) > 1)
+
+
+def build_mesh(shape: MeshShape, rank: int, *, device: torch.device, device_kind: str | None = None) -> Mesh:
+    """Create this rank's groups, axis by axis in one fixed order. Every rank of the job must call it."""
+    kind = device_kind or device.type
+    groups = {"world": world_group(device_kind=kind)}
+    for axis in AXES:
+        groups[axis] = new_group(axis, shape.ranks_along(axis, rank), rank, device_kind=kind)
+    return Mesh(shape, rank, groups, device, kind)

@@ -1,0 +1,214 @@
+"""Tensor parallelism: swaps a plain model's modules for ones that hold a shard, as the model's plan says.
+
+Megatron's column and row pairs (Shoeybi et al. 2019, section 3) with sequence parallelism (Korthikanti et al. 2022, section 4.2.2). Linears own
+their backward: it returns the input gradient and hands (weight, dY, X) to a sink, so that the weight product can run under the input
+gradient's communication, and accumulates where the sink says.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatronish.comm import Group, Pending
+from megatronish.comm.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from megatronish.layout import Column, ParamLayout, ParamPlacement, Plan, Replicated, Row, Rule, Vocab, shard_range
+
+
+class WeightGradientSink(Protocol):
+    """Who takes the weight gradients of linears and embeddings (see `optim/weight_gradients.py`)."""
+
+    def linear(self, weight: nn.Parameter, dy_TO: Tensor, x_TI: Tensor) -> None:
+        """Owe `weight` the gradient dY^T X."""
+
+    def rows(self, weight: nn.Parameter, dy_TD: Tensor, rows_T: Tensor) -> None:
+        """Owe row rows_T[t] of `weight` the gradient dy_TD[t]; rows outside the weight are another rank's."""
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """What a cut module needs to know."""
+
+    group: Group
+    sequence_parallel: bool
+    regather_input: bool
+    """Column layers gather their input again for backward instead of keeping S tokens: saves memory, costs an all-gather."""
+    sink: WeightGradientSink
+
+    def start_gather(self, x: Tensor) -> Pending:
+        """[S/tp, ...] -> [S, ...] under sequence parallelism, else x."""
+        return start_all_gather(x, self.group) if self.sequence_parallel else Pending(x)
+
+    def start_sum(self, x: Tensor) -> Pending:
+        """Partial [S, ...] -> summed [S/tp, ...] under sequence parallelism, else summed [S, ...] in place."""
+        if self.sequence_parallel:
+            return start_reduce_scatter(x, self.group)
+        return start_all_reduce(x, self.group)
+
+
+class _ColumnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel) -> Tensor:
+        x_full = tp.start_gather(x).wait()
+        ctx.save_for_backward(x if tp.regather_input else x_full)
+        ctx.weight, ctx.tp = weight, tp
+        return torch.mm(x_full.flatten(0, -2), weight.flatten(0, -2).t()).view(*x_full.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (x,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
+        gathering = tp.start_gather(x) if tp.regather_input else Pending(x)
+        dy_TO = dy.flatten(0, -2)
+        dx = torch.mm(dy_TO, weight.flatten(0, -2)).view(*dy.shape[:-1], -1)
+        x_full = gathering.wait()
+        summing = tp.start_sum(dx)
+        tp.sink.linear(weight, dy_TO, x_full.flatten(0, -2))  # under the sum's communication
+        return summing.wait(), None, None
+
+
+class _RowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.tp = weight, tp
+        y = torch.mm(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
+        return tp.start_sum(y).wait()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (x,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
+        dy_TO = tp.start_gather(dy.contiguous()).wait().flatten(0, -2)
+        dx = torch.mm(dy_TO, weight).view(x.shape)
+        tp.sink.linear(weight, dy_TO, x.flatten(0, -2))
+        return dx, None, None
+
+
+class _VocabEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: nn.Parameter, first_row: int, tp: TensorParallel) -> Tensor:
+        rows = tokens - first_row
+        ctx.save_for_backward(rows)
+        ctx.weight, ctx.tp = weight, tp
+        if tp.group.size == 1:
+            return nn.functional.embedding(rows, weight)
+        here = (rows >= 0) & (rows < weight.shape[0])
+        out = nn.functional.embedding(rows.clamp(0, weight.shape[0] - 1), weight) * here[..., None].to(weight.dtype)
+        return tp.start_sum(out).wait()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None]:
+        (rows,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
+        dy_TD = tp.start_gather(dy.contiguous()).wait().flatten(0, -2)
+        tp.sink.rows(weight, dy_TD, rows.flatten())
+        return None, None, None, None
+
+
+class _Cut(nn.Module):
+    """A module that holds its tp rank's shard of one weight."""
+
+    def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
+        super().__init__()
+        self.weight = weight
+        self.tp = tp
+
+    def extra_repr(self) -> str:
+        return f"weight={list(self.weight.shape)}, tp {self.tp.group.index} of {self.tp.group.size}" + (
+            ", sequence parallel" if self.tp.sequence_parallel else ""
+        )
+
+
+class ColumnParallelLinear(_Cut):
+    """Output features cut. [S/tp or S, B, in] -> [S, B, out/tp]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _ColumnLinear.apply(x, self.weight, self.tp)
+        return out
+
+
+class RowParallelLinear(_Cut):
+    """Input features cut, partial outputs summed. [S, B, in/tp] -> [S/tp or S, B, out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _RowLinear.apply(x, self.weight, self.tp)
+        return out
+
+
+class VocabParallelEmbedding(_Cut):
+    """Rows cut; a rank gives zeros for the tokens of others. [S, B] -> [S/tp or S, B, D]."""
+
+    def __init__(self, weight: nn.Parameter, tp: TensorParallel, *, first_row: int) -> None:
+        super().__init__(weight, tp)
+        self.first_row = first_row
+
+    def forward(self, tokens_SB: Tensor) -> Tensor:
+        out: Tensor = _VocabEmbedding.apply(tokens_SB, self.weight, self.first_row, self.tp)
+        return out
+
+
+def find_rule(plan: Plan, module_name: str) -> tuple[str, Rule]:
+    """The one (pattern, rule) of the plan for a module that owns parameters. Errors name a module with none or with several."""
+    matches = [(pattern, rule) for pattern, rule in plan.items() if fnmatch.fnmatchcase(module_name, pattern)]
+    if len(matches) != 1:
+        found = ", ".join(pattern for pattern, _ in matches) or "none"
+        raise ValueError(f"module {module_name} owns parameters and needs exactly one rule of the tensor-parallel plan; found: {found}")
+    return matches[0]
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module that owns parameters directly."""
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            yield name, module
+
+
+def make_param_layout(stages: list[nn.Module], plan: Plan, *, tp_size: int, sequence_parallel: bool) -> ParamLayout:
+    """The table of the whole model from its plain stages (meta tensors will do). A rule that matches nothing is an error that names it."""
+    placements: dict[str, ParamPlacement] = {}
+    used: set[str] = set()
+    for stage, model in enumerate(stages):
+        for module_name, module in owners(model):
+            pattern, rule = find_rule(plan, module_name)
+            used.add(pattern)
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                partial = isinstance(rule, Replicated) and sequence_parallel and tp_size > 1
+                placements[f"{module_name}.{parameter_name}"] = ParamPlacement(
+                    global_shape=tuple(parameter.shape),
+                    dtype=parameter.dtype,
+                    shard_dim=None if isinstance(rule, Replicated) else rule.dim,
+                    stages=(stage,),
+                    owner_stage=stage,
+                    # Such a parameter sees only S/tp tokens on each rank.
+                    sum_gradient_over=("tp",) if partial else (),
+                )
+    unused = [pattern for pattern in plan if pattern not in used]
+    if unused:
+        raise ValueError(f"rules of the tensor-parallel plan match no module: {', '.join(unused)}")
+    return ParamLayout(placements, tp_size=tp_size, pp_size=len(stages))
+
+
+def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel) -> None:
+    """Swap the modules of a plain model on the meta device for ones that hold this tp rank's shards, still on meta."""
+    for name, module in list(owners(model)):
+        _, rule = find_rule(plan, name)
+        if isinstance(rule, Replicated):
+            continue
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter) and weight.is_meta, "apply_plan cuts plain models on the meta device"
+        start, stop = shard_range(weight.shape[rule.dim], tp.group.index, tp.group.size)
+        local_shape = [stop - start if d == rule.dim else n for d, n in enumerate(weight.shape)]
+        shard = nn.Parameter(torch.empty(local_shape, dtype=weight.dtype, device="meta"))
+        model.set_submodule(name, _cut_module(rule, shard, tp, start))
+
+
+def _cut_module(rule: Rule, shard: nn.Parameter, tp: TensorParallel, start: int) -> nn.Module:
+    if isinstance(rule, Column):
+        return ColumnParallelLinear(shard, tp)
+    if isinstance(rule, Row):
+        return RowParallelLinear(shard, tp)
+    assert isinstance(rule, Vocab)
+    return VocabParallelEmbedding(shard, tp, first_row=start)

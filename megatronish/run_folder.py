@@ -1,0 +1,108 @@
+"""The folder of a run: RUN_ROOT/NAME with config.yaml, environment.json, metrics.jsonl, logs/, tensorboard/ and checkpoints/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatronish import __version__, native
+from megatronish.config import Config
+from megatronish.config_loader import load_config, to_yaml
+from megatronish.errors import UserError
+
+FIXED_KEYS = ("model", "data.sequence_length", "train.seed", "train.global_batch_size")
+"""What makes a run the same run: another value needs another name. All other keys may change when it is resumed, the layout too."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @staticmethod
+    def of(config: Config) -> RunFolder:
+        """The folder of a config's run."""
+        return RunFolder(Path(config.run_root) / config.name)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    def check_belongs_to(self, config: Config) -> None:
+        """UserError, one line a key, if the folder holds a run that `config` cannot go on with."""
+        if not self.config_file.exists():
+            return
+        before = load_config(self.config_file)
+        problems = []
+        for key in FIXED_KEYS:
+            old, new = _get(before, key), _get(config, key)
+            if old == new:
+                continue
+            fields = {f"{key}.{name}": (value, new[name]) for name, value in old.items()} if isinstance(old, dict) else {key: (old, new)}
+            problems += [
+                f"{name}={b}: {self.path} holds a run with {name}={a}; use that value, or another `name`"
+                for name, (a, b) in fields.items()
+                if a != b
+            ]
+        if problems:
+            raise UserError("\n".join(problems))
+
+    def prepare(self, config: Config) -> None:
+        """Create the folder and write config.yaml (resolved) and environment.json. One process calls this."""
+        self.check_belongs_to(config)
+        try:
+            for folder in (self.path, self.checkpoints, self.path / "logs"):
+                folder.mkdir(parents=True, exist_ok=True)
+            _replace(self.config_file, to_yaml(config))
+            _replace(self.path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; change run_root or name") from error
+
+
+def _get(config: Config, key: str) -> object:
+    value: object = config.model_dump()
+    for part in key.split("."):
+        assert isinstance(value, dict)
+        value = value[part]
+    return value
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _environment() -> dict[str, object]:
+    return {
+        "commit": _commit(),
+        "host": socket.gethostname(),
+        "megatronish": __version__,
+        "native": native.describe().splitlines(),
+        "num_cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with `+changes` if it has any; None outside of a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changes else "")

@@ -1,0 +1,70 @@
+"""What is checked before step 1: that all ranks run the same thing, and that one batch goes through."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+
+import torch
+
+from megatronish import __version__
+from megatronish.assemble import Assembly
+from megatronish.comm import Group, all_gather
+from megatronish.comm.host import read_scalar, read_values
+from megatronish.config import Config
+from megatronish.errors import UserError
+
+
+def config_facts(config: Config) -> dict[str, str]:
+    """Every leaf of the config as `section.key` -> text."""
+    facts = {}
+    for name, value in config.model_dump().items():
+        if isinstance(value, dict):
+            facts |= {f"{name}.{key}": repr(leaf) for key, leaf in value.items()}
+        else:
+            facts[name] = repr(value)
+    return facts
+
+
+def version_facts() -> dict[str, str]:
+    """Versions that decide what a rank computes."""
+    return {"version of python": platform.python_version(), "version of torch": torch.__version__, "version of megatronish": __version__}
+
+
+def require_agreement(facts: Mapping[str, str], *, world: Group, device: torch.device) -> None:
+    """UserError on every rank, naming the facts and the ranks, unless all ranks have the same facts. One all-gather of fixed size.
+
+    The names must be the same on every rank (they come from code); the texts are compared by hash."""
+    hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little") for text in facts.values()]
+    rows = all_gather(torch.tensor(hashes, dtype=torch.int64, device=device), world).view(world.size, -1)
+    same = rows == rows[0]
+    if read_scalar(same.all(), 1.0):
+        return
+    ranks = [i for i, row in enumerate(same) if not read_scalar(row.all(), 1.0)]
+    differing = [name for name, column in zip(facts, same.T, strict=True) if not read_scalar(column.all(), 1.0)]
+    own = ", ".join(f"{name}={facts[name]}" for name in differing)
+    some = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    raise UserError(f"ranks do not run the same: ranks {some} differ from rank 0 in {', '.join(differing)}; rank {world.index} has {own}")
+
+
+def dry_batch(run: Assembly, step: int) -> float:
+    """Forward and backward of step `step`'s batch without an update; the loss. Raises if a weight, the loss or a gradient is not finite.
+
+    Finds in the first seconds what would otherwise end the run at step 1. Collective over the job; waits for the device."""
+    trainer = run.trainer
+    run.optimizer.ensure_parameters()
+    batch = trainer.batches.batch(step)
+    num_targets = trainer.count_targets(batch)
+    loss_sum = trainer.accumulate_gradients(batch, num_targets)
+    trainer.grads.finish()
+    loss, norm = trainer.join_scalars(loss_sum / num_targets)
+    finite, loss_value, norm_value = read_values(
+        torch.stack((run.cut.parameters.all_finite().to(loss.dtype), loss, norm)), [1.0, 1.0, 1.0]
+    )
+    if not finite:
+        name = run.cut.parameters.first_not_finite()
+        raise RuntimeError(f"parameter {name} is not finite: it was neither drawn nor loaded, or the checkpoint holds a NaN")
+    if not (abs(loss_value) < float("inf") and norm_value < float("inf")):
+        raise RuntimeError(f"the first batch gives loss {loss_value} and gradient norm {norm_value}; expected finite numbers")
+    return loss_value

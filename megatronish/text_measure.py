@@ -1,0 +1,37 @@
+"""Bits per byte: a loss that does not depend on the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatronish.data.gpt_dataset import GPTDataset
+from megatronish.data.tokenizer import byte_lengths, load_tokenizer, split_bytes
+from megatronish.errors import UserError
+
+
+@dataclass
+class TextMeasure:
+    """Counts the bytes of text behind the targets of a set."""
+
+    lengths: NDArray[np.int64]
+    _bytes: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    @staticmethod
+    def load(tokenizer_file: str, *, vocab_size: int) -> TextMeasure:
+        """From a tokenizer.json; UserError if the model has too small a vocabulary for it."""
+        tokenizer = load_tokenizer(tokenizer_file)
+        size = tokenizer.get_vocab_size(with_added_tokens=True)
+        if size > vocab_size:
+            raise UserError(f"model.vocab_size={vocab_size} is smaller than the {size} tokens of data.tokenizer={tokenizer_file}")
+        return TextMeasure(byte_lengths(tokenizer))
+
+    def bits_per_byte(self, dataset: GPTDataset, loss_sum: float, num_samples: int) -> float:
+        """loss_sum (nats, over the targets of the first `num_samples` samples) as bits for each byte of their text."""
+        key = (dataset.fingerprint, num_samples)
+        if key not in self._bytes:
+            self._bytes[key] = split_bytes(dataset, self.lengths, num_samples=num_samples)
+        return loss_sum / math.log(2.0) / self._bytes[key]

@@ -1,0 +1,286 @@
+"""`megatronish train CONFIG`: builds a run from its config, resumes it, and does what follows a step: log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatronish import checkpointing, formulas
+from megatronish.assemble import DTYPES, Assembly, assemble, draw_weights, mesh_shape
+from megatronish.comm import barrier, streams
+from megatronish.comm.host import read_values
+from megatronish.config import Config
+from megatronish.config_loader import load_config
+from megatronish.data.gpt_dataset import GPTDataset, TokenDataset
+from megatronish.data.loader import BatchLoader, evaluation_batches
+from megatronish.errors import UserError
+from megatronish.local_launch import run_local
+from megatronish.observe.flops import measure_matmul_tflops
+from megatronish.observe.log import setup_logging
+from megatronish.observe.metrics import MetricsWriter
+from megatronish.observe.progress import TrainingProgress
+from megatronish.parallel.mesh import Mesh, build_mesh
+from megatronish.parallel.rendezvous import Place, connect, disconnect, find_place
+from megatronish.run_folder import RunFolder
+from megatronish.startup import config_facts, dry_batch, require_agreement, version_facts
+from megatronish.text_measure import TextMeasure
+from megatronish.trainer import StepResult
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run reads."""
+
+    train: GPTDataset
+    validation: GPTDataset | None
+    measure: TextMeasure | None
+    """Counts the bytes of the validation text, where a tokenizer is given."""
+
+
+def open_datasets(config: Config) -> Datasets:
+    """Open both sets in O(1) reads; UserError if they do not fit the config."""
+    data, open_set = config.data, partial(
+        GPTDataset, sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size
+    )
+    if data.validation is not None:
+        train, validation = open_set(data.train), open_set(data.validation)
+    elif data.validation_fraction > 0:
+        split = partial(open_set, data.train, validation_fraction=data.validation_fraction)
+        train, validation = split(split="train"), split(split="validation")
+    else:
+        train, validation = open_set(data.train), None
+    measure = None
+    if data.tokenizer is not None:
+        measure = TextMeasure.load(data.tokenizer, vocab_size=config.model.vocab_size)
+    return Datasets(train, validation, measure)
+
+
+def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
+    """Train, in this process or in `nproc` new ones; the exit code. UserError for bad input, before anything is started or written."""
+    place = find_place()
+    world_size = nproc if nproc is not None and place.world_size == 1 else place.world_size
+    config = load_config(config_path, overrides, world_size=world_size)
+    if nproc is not None and nproc > 1 and place.world_size == 1:
+        open_datasets(config)
+        RunFolder.of(config).check_belongs_to(config)
+        return run_local(["train", config_path, *overrides], nproc)
+    streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
+    datasets = open_datasets(config)
+    try:
+        device = connect(place)
+        mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
+        run_training(config, mesh, datasets, place)
+    finally:
+        disconnect()
+    return 0
+
+
+def run_training(config: Config, mesh: Mesh, datasets: Datasets, place: Place) -> None:
+    """One rank's whole run: build, resume or draw, check, train. Collective over the job."""
+    folder, is_first = RunFolder.of(config), mesh.rank == 0
+    if is_first:
+        folder.prepare(config)
+    barrier(mesh.groups["world"])
+    log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
+    log.info("%s", place.describe())
+    facts = config_facts(config) | version_facts() | {"training data": f"{datasets.train.fingerprint:016x}"}
+    require_agreement(facts, world=mesh.groups["world"], device=mesh.device)
+    with ExitStack() as stack:
+        loader = partial(make_loader, config, mesh, datasets.train)
+        run = assemble(config, mesh, stack.enter_context(loader()))
+        done = resume_or_draw(run, folder, datasets.train, log)
+        log_facts(run, datasets, log)
+        if done >= config.num_steps:
+            log.info("step %d of %d: this run is complete; raise train.steps to go on", done, config.num_steps)
+            return
+        peak = peak_tflops(config, mesh)
+        loss = dry_batch(run, done + 1)
+        log.info("dry batch: loss %.4f; every parameter, the loss and the gradients are finite", loss)
+        metrics = progress = None
+        if is_first:
+            metrics = MetricsWriter(folder.path, tensorboard=config.observe.tensorboard, first_step=done + 1 if done else 0)
+            stack.callback(metrics.close)
+            progress = stack.enter_context(TrainingProgress(total_steps=config.num_steps, first_step=done + 1, enabled=True))
+        after = AfterStep(run, datasets, folder, log, metrics, progress, peak)
+        if done == 0:
+            after.evaluate(0)
+        for result in run.trainer.fit(done + 1, config.num_steps):
+            after(result)
+
+
+def make_loader(config: Config, mesh: Mesh, dataset: TokenDataset) -> BatchLoader:
+    """This rank's training batches. Step n of a run begins at sample (n - 1) x global batch, resumed or not."""
+    return BatchLoader(
+        dataset,
+        seed=config.train.seed,
+        data_rank=mesh.index("dp"),
+        data_size=mesh.size("dp"),
+        global_batch_size=config.train.global_batch_size,
+        first_step=1,
+        consumed_samples=0,
+        device_copy=partial(streams.copy_to_device, device=mesh.device),
+    )
+
+
+def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log: logging.Logger) -> int:
+    """Load the newest checkpoint that verifies, or draw first weights; the number of steps done."""
+    # A refused checkpoint must be seen, but once: every rank learns the same verdict.
+    tell: Callable[[str], None] = log.warning if run.mesh.rank == 0 else log.debug
+    started = time.perf_counter()
+    state = checkpointing.load_newest(run, folder.checkpoints, log=tell)
+    if state is None:
+        draw_weights(run.config, run.cut)
+        run.optimizer.reset_master()
+        return 0
+    if state["data_fingerprint"] != f"{dataset.fingerprint:016x}":
+        raise UserError(
+            f"data.train={run.config.data.train} is not the data that {folder.path} was trained on (fingerprint "
+            f"{dataset.fingerprint:016x}, checkpoint {state['data_fingerprint']}): give that data, or another name"
+        )
+    step, saved = int(state["step"]), state["layout"]
+    layout = " ".join(f"{axis}{saved[axis]}" for axis in ("pp", "dp", "tp"))
+    log.info("resumed after step %d, saved by layout %s, in %.1f s", step, layout, time.perf_counter() - started)
+    return step
+
+
+def log_facts(run: Assembly, datasets: Datasets, log: logging.Logger) -> None:
+    """What this run is, in a few lines."""
+    config, mesh = run.config, run.mesh
+    shape = mesh.shape
+    log.info(
+        "model: %s, %.2f M parameters; layout pp%d x dp%d x tp%d%s, ZeRO %d; %d microbatches of %d",
+        config.model.architecture,
+        checkpointing.count_parameters(run.cut.layout) / 1e6,
+        shape.pp,
+        shape.dp,
+        shape.tp,
+        ", sequence parallel" if config.parallel.sequence else "",
+        config.parallel.zero_stage,
+        config.num_microbatches(shape.num_ranks),
+        config.train.micro_batch_size,
+    )
+    log.info("optimizer state of this rank: %.2f MiB in %d buckets", run.optimizer.state_bytes() / 2**20, len(run.cut.buckets))
+    samples = config.num_steps * config.train.global_batch_size
+    log.info(
+        "data: %d samples of %d tokens; %d steps read %.2f epochs",
+        len(datasets.train),
+        config.data.sequence_length,
+        config.num_steps,
+        samples / len(datasets.train),
+    )
+
+
+def peak_tflops(config: Config, mesh: Mesh) -> float:
+    """One device's peak for MFU. On CPU: a measured matrix product on all cores, shared by the ranks of a host."""
+    if config.observe.peak_tflops is not None:
+        return config.observe.peak_tflops
+    if mesh.device_kind == "cuda":
+        return formulas.peak_tflops(streams.device_name(mesh.device), config.train.dtype) or math.nan
+    measured = measure_matmul_tflops(DTYPES[config.train.dtype]) if mesh.rank == 0 else math.nan
+    barrier(mesh.groups["world"])
+    return measured / mesh.shape.num_ranks
+
+
+@dataclass
+class AfterStep:
+    """What follows a step. Everything here is between steps: waiting for the device costs nothing that was not due."""
+
+    run: Assembly
+    datasets: Datasets
+    folder: RunFolder
+    log: logging.Logger
+    metrics: MetricsWriter | None
+    progress: TrainingProgress | None
+    peak_tflops: float
+
+    def __post_init__(self) -> None:
+        self._since = (0, time.perf_counter())
+
+    def __call__(self, result: StepResult) -> None:
+        """Log, evaluate and save as the config says. Collective over the job."""
+        config, step = self.run.config, result.step
+        is_last = step == config.num_steps
+        if step % config.observe.log_interval == 0 or is_last or self._since[0] == 0:
+            self.report(result)
+        interval = config.train.eval_interval
+        if interval and (step % interval == 0 or is_last):
+            self.evaluate(step)
+        if is_last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
+            self.save(step)
+
+    def report(self, result: StepResult) -> None:
+        """Write the step's numbers: the only place of a step where the host waits for the device."""
+        config = self.run.config
+        loss, grad_norm = read_values(torch.stack((result.loss, result.grad_norm)), [1.0, 1.0])
+        before, started = self._since
+        now = streams.wall_time(self.run.mesh.device)
+        self._since = (result.step, now)
+        seconds = (now - started) / (result.step - before) if before else sum(self.run.trainer.clock.read().values())
+        tokens_per_second = config.train.global_batch_size * config.data.sequence_length / seconds
+        mfu = formulas.mfu(
+            tokens_per_second,
+            flops_per_token=formulas.flops_per_token(config.model, config.data.sequence_length),
+            num_devices=self.run.mesh.shape.num_ranks,
+            peak_tflops=self.peak_tflops,
+        )
+        values = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": result.lr,
+            "tokens_per_second": tokens_per_second,
+            "mfu": mfu,
+            "step_seconds": seconds,
+            "consumed_samples": result.step * config.train.global_batch_size,
+            "consumed_tokens": result.step * config.train.global_batch_size * config.data.sequence_length,
+        }
+        values |= {f"seconds/{phase}": spent for phase, spent in self.run.trainer.clock.read().items()}
+        if self.metrics is not None:
+            self.metrics.write(result.step, values)
+        if self.progress is not None:
+            self.progress.update(result.step, loss=loss, tokens_per_second=tokens_per_second, mfu=mfu)
+
+    def evaluate(self, step: int) -> None:
+        """Held-out loss, perplexity and bits per byte after `step`. Collective over the job."""
+        config, mesh, validation = self.run.config, self.run.mesh, self.datasets.validation
+        if validation is None or not config.train.eval_interval:
+            return
+        started = time.perf_counter()
+        batches = evaluation_batches(
+            validation,
+            data_rank=mesh.index("dp"),
+            data_size=mesh.size("dp"),
+            global_batch_size=config.train.global_batch_size,
+            num_batches=config.train.eval_steps,
+            device_copy=partial(streams.copy_to_device, device=mesh.device),
+        )
+        loss_sum, num_targets = read_values(torch.stack(self.run.trainer.evaluate(batches)), [1.0, 1.0])
+        values = {"eval_loss": loss_sum / num_targets, "eval_perplexity": math.exp(min(loss_sum / num_targets, 700.0))}
+        if self.datasets.measure is not None:
+            num_samples = config.train.eval_steps * config.train.global_batch_size
+            values["eval_bits_per_byte"] = self.datasets.measure.bits_per_byte(validation, loss_sum, num_samples)
+        if self.metrics is not None:
+            self.metrics.write(step, values)
+        if self.progress is not None:
+            text = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in values.items())
+            self.progress.print(f"step {step}: held-out {text}")
+        self._skip(time.perf_counter() - started)
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint after `step`. Collective over the job."""
+        started = time.perf_counter()
+        path = checkpointing.save(self.run, self.folder.checkpoints, step=step, data_fingerprint=self.datasets.train.fingerprint)
+        self.log.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        self._skip(time.perf_counter() - started)
+
+    def _skip(self, seconds: float) -> None:
+        """Leave time that was not training out of the next report's rate."""
+        self._since = (self._since[0], self._since[1] + seconds)
+
