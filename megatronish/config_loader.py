@@ -225,7 +225,7 @@ def _doc(location: KeyPath) -> str:
 def _suggest(location: KeyPath) -> str:
     """`; did you mean ...?`: a like name in the same section, or the same name in another."""
     key, siblings = location[-1], list(SECTIONS[location[0]].model_fields if len(location) == 2 else Config.model_fields)
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {'.'.join((*location[:-1], close[0]))}?"
     leaves: dict[str, str] = {}
