@@ -80,7 +80,8 @@ class BuildNative(build_ext):
                 super().build_extension(ext)
         except Exception as error:
             # A module of an earlier build must not stand in for the one that failed.
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            for folder in (Path(self.get_ext_fullpath(ext.name)).parent, Path(__file__).resolve().parent / "megatronish"):
+                (folder / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
             self.record[name] = f"not built: {reason_of(error)}"
             if name == "cuda" and os.environ.get("MEGATRONISH_CUDA") == "1":
                 raise SystemExit(f"MEGATRONISH_CUDA=1, but the CUDA part was {self.record[name]}") from error

@@ -89,8 +89,8 @@ def activation_bytes_per_layer(
     return sbh * (34 + scores) / tensor if sequence_parallel else sbh * (10 + (24 + scores) / tensor)
 
 
-# Dense peaks without sparsity, TFLOP/s: bfloat16, and float32 outside the tensor cores. NVIDIA and AMD data sheets. A name matches when
-# all its words are in the device's name; the first match counts, so the particular stand before the general.
+# Dense peaks without sparsity, TFLOP/s: bfloat16, and float32 outside the tensor cores, from NVIDIA's and AMD's data sheets.
+# A name matches when all its words are in the device's name; the first match counts, so the particular stand before the general.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("GB300", 2500.0, 80.0),
     ("B300", 2250.0, 75.0),
