@@ -1,0 +1,146 @@
+"""Batches for one data rank, made one step ahead: the only copy from host to device.
+
+Each rank reads its own samples; nothing is broadcast. Tensors are built in numpy, without a torch operation before `device_copy`:
+a rehearsal's fake mode takes them over there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatronish.batch import Batch
+from megatronish.data.gpt_dataset import TokenDataset
+from megatronish.data.sampler import sample_ids, sample_numbers
+
+DeviceCopy = Callable[[Tensor], Tensor]
+"""CPU tensor -> tensor on the device. Runs in the prefetch thread, where the current device is the default one: name the device."""
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class BatchLoader:
+    """`batch(step)` for any step, fastest in order.
+
+    Step `first_step` begins at sample `consumed_samples`: the two numbers that a checkpoint holds. Close it, or use it as a context
+    manager: it owns a thread (`prefetch="thread"`)."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        seed: int,
+        data_rank: int,
+        data_size: int,
+        global_batch_size: int,
+        first_step: int = 0,
+        consumed_samples: int = 0,
+        device_copy: DeviceCopy = _identity,
+        prefetch: Literal["thread", "none"] = "thread",
+    ) -> None:
+        self.dataset = dataset
+        self._seed, self._fingerprint = seed, dataset.fingerprint
+        self._rank, self._size, self._batch = data_rank, data_size, global_batch_size
+        self._first_step, self._consumed = first_step, consumed_samples
+        self._device_copy = device_copy
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch") if prefetch == "thread" else None
+        self._ahead: tuple[int, Future[Batch]] | None = None
+        sample_numbers(consumed_samples=0, data_rank=data_rank, data_size=data_size, global_batch_size=global_batch_size)
+        self._constant: tuple[Tensor, Tensor] | None = None
+
+    def sample_numbers(self, step: int) -> NDArray[np.int64]:
+        """Global numbers of this rank's samples in `step`."""
+        assert step >= self._first_step
+        consumed = self._consumed + (step - self._first_step) * self._batch
+        return sample_numbers(consumed_samples=consumed, data_rank=self._rank, data_size=self._size, global_batch_size=self._batch)
+
+    def sample_ids(self, step: int) -> NDArray[np.int64]:
+        """Places in the dataset of this rank's samples in `step`."""
+        return sample_ids(self.sample_numbers(step), seed=self._seed, fingerprint=self._fingerprint, num_samples=len(self.dataset))
+
+    def batch(self, step: int) -> Batch:
+        """This rank's samples of `step`, and begins to make those of `step + 1`. What failed in the thread is raised here.
+
+        Masks and positions are the same tensors in every batch: do not write to them."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            result = self._make(step)
+        elif ahead[0] == step:
+            result = ahead[1].result()
+        else:
+            ahead[1].result()  # not the step asked for, but an error in it is one in the data
+            result = self._make(step)
+        if self._thread is not None:
+            self._ahead = (step + 1, self._thread.submit(self._make, step + 1))
+        return result
+
+    def close(self) -> None:
+        """Wait for the thread and end it. A batch made ahead is dropped, its errors too: nobody asked for it."""
+        self._ahead = None
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _make(self, step: int) -> Batch:
+        tokens = self.dataset.tokens(self.sample_ids(step))
+        if self._constant is None:
+            self._constant = _mask_and_positions(np.ones(len(tokens), np.float32), tokens.shape[1] - 1, self._device_copy)
+        return _to_batch(tokens, self.sample_numbers(step), self._constant, self._device_copy)
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    *,
+    data_rank: int,
+    data_size: int,
+    global_batch_size: int,
+    num_batches: int | None = None,
+    device_copy: DeviceCopy = _identity,
+) -> Iterator[Batch]:
+    """The first `num_batches` global batches of the dataset (all when None), in its order, each sample once.
+
+    Every rank gets the same number of batches of the same shape; places beyond the last sample have mask 0. So the sum of losses
+    over the sum of masks is the same for every number of ranks and batch size."""
+    length = len(dataset)
+    for begin in range(0, length, global_batch_size)[:num_batches]:
+        ids = sample_numbers(consumed_samples=begin, data_rank=data_rank, data_size=data_size, global_batch_size=global_batch_size)
+        tokens = dataset.tokens(np.where(ids < length, ids, 0))
+        constant = _mask_and_positions((ids < length).astype(np.float32), dataset.sequence_length, device_copy)
+        yield _to_batch(tokens, ids, constant, device_copy)
+
+
+def _mask_and_positions(weights_B: NDArray[np.float32], sequence_length: int, device_copy: DeviceCopy) -> tuple[Tensor, Tensor]:
+    """[S, B] each: float32, each sample's weight at all its positions; int64, 0..S-1."""
+    size_SB = (sequence_length, len(weights_B))
+    mask = np.broadcast_to(weights_B, size_SB).copy()
+    positions = np.broadcast_to(np.arange(sequence_length, dtype=np.int64)[:, None], size_SB).copy()
+    return device_copy(torch.from_numpy(mask)), device_copy(torch.from_numpy(positions))
+
+
+def _to_batch(
+    tokens: NDArray[np.int64], numbers: NDArray[np.int64], mask_and_positions: tuple[Tensor, Tensor], device_copy: DeviceCopy
+) -> Batch:
+    """[B, S+1] -> inputs and labels [S, B]; contiguous, so that a cut along S is."""
+    inputs, labels = (part.T.copy() for part in (tokens[:, :-1], tokens[:, 1:]))
+    return Batch(
+        tokens_SB=device_copy(torch.from_numpy(inputs)),
+        labels_SB=device_copy(torch.from_numpy(labels)),
+        loss_mask_SB=mask_and_positions[0],
+        positions_SB=mask_and_positions[1],
+        sample_numbers_B=device_copy(torch.from_numpy(numbers)),
+    )
