@@ -116,10 +116,10 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def peak_tflops(device_name: str, dtype: Literal["bfloat16", "float32"]) -> float | None:
-    """One device's dense peak in TFLOP/s by the name its driver gives it; None when the table does not know it."""
+def peak_tflops(device_name: str, dtype: Literal["bfloat16", "float32", "float64"]) -> float | None:
+    """One device's dense peak in TFLOP/s by the name its driver gives it; None when the table does not know it, and for float64."""
     words = device_name.upper().replace("-", " ").replace("_", " ").split()
     for name, bfloat16, float32 in _PEAKS:
         if all(word in words for word in name.split()):
-            return bfloat16 if dtype == "bfloat16" else float32
+            return {"bfloat16": bfloat16, "float32": float32}.get(dtype)
     return None

@@ -202,6 +202,7 @@ def test_activation_bytes_are_those_of_the_paper() -> None:
 def test_peak_rates_by_device_name(name: str, bfloat16: float | None, float32: float | None) -> None:
     assert formulas.peak_tflops(name, "bfloat16") == bfloat16
     assert formulas.peak_tflops(name, "float32") == float32
+    assert formulas.peak_tflops(name, "float64") is None
 
 
 # What breaks each row, alone: changes, world size, words the message must hold.
