@@ -24,6 +24,11 @@ def choose_device(local_rank: int, local_world_size: int) -> torch.device:
     return device
 
 
+def num_gpus() -> int:
+    """GPUs that this process sees; 0 on a CPU build."""
+    return torch.cuda.device_count()
+
+
 def backend_of(device_kind: str) -> str:
     """The torch.distributed backend for a kind of device."""
     return "nccl" if device_kind == "cuda" else "gloo"
