@@ -169,6 +169,14 @@ def test_the_newest_k_are_kept_and_only_those(tmp_path: Path) -> None:
         assert same(read_all(open_checkpoint(path)), values_of(SHAPES, int(path.name[5:])))
 
 
+def test_a_directory_that_lost_its_manifest_does_not_take_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    (tmp_path / "step-00000020" / "manifest.json").unlink()
+    save(tmp_path, 30, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
 def test_a_later_refused_checkpoint_does_not_push_out_the_one_just_saved(tmp_path: Path) -> None:
     save(tmp_path, 100)
     save(tmp_path, 300)

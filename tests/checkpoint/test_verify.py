@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from megatronish.checkpoint import load, newest_loadable, open_checkpoint, verify, verify_checkpoint
+from megatronish.checkpoint import newest_loadable, open_checkpoint, verify, verify_checkpoint
 from megatronish.comm import Group, single_process_group
 from megatronish.errors import UserError
 from tests.checkpoint.support import SHAPES, Layout, on_threads, read_all, same, save, save_all, values_of
@@ -200,18 +200,21 @@ def test_each_file_is_read_once_by_one_rank(tmp_path: Path, monkeypatch: pytest.
     assert read == ["rank-00001.safetensors", "rank-00003.safetensors"]
 
 
-def test_a_checkpoint_that_only_some_ranks_see_is_refused_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_only_some_ranks_see_is_refused_by_all(tmp_path: Path) -> None:
     for step in (10, 20):
         save(tmp_path, step)
     shutil.copytree(tmp_path, tmp_path.with_name("other"))
     shutil.rmtree(tmp_path.with_name("other") / "step-00000020")
 
-    def rank(group: Group) -> int:
-        root = tmp_path if group.index == 0 else tmp_path.with_name("other")
-        checkpoint = load.newest_loadable(root, world=group, log=lambda line: None)
-        return -1 if checkpoint is None else checkpoint.step
+    def rank(group: Group) -> tuple[int, list[str]]:
+        root, lines = tmp_path if group.index == 0 else tmp_path.with_name("other"), []
+        checkpoint = newest_loadable(root, world=group, log=lines.append)
+        return -1 if checkpoint is None else checkpoint.step, lines
 
-    assert on_threads(2, rank) == [10, 10]
+    (step_0, lines_0), (step_1, lines_1) = on_threads(2, rank)
+    assert (step_0, step_1) == (10, 10)
+    assert "step-00000020: rank 1 could not use its manifest.json" in lines_0[0]
+    assert "step-00000020 does not exist" in lines_1[0]
 
 
 @pytest.mark.parametrize(
