@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatronish.kernels.weight_gradient import accumulate_row_gradient, accumulate_weight_gradient
+from megatronish.kernels.linear import accumulate_row_gradient, accumulate_weight_gradient
 from megatronish.optim.grad_buffer import GradBuffer
 
 
@@ -19,14 +19,14 @@ class WeightGradientQueue:
         """Modules are cut before their memory exists; this joins the two."""
         self.grad_buffer = grad_buffer
 
-    def linear(self, weight: nn.Parameter, dy_TO: Tensor, x_TI: Tensor) -> None:
+    def linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
         """bucket[weight] += dY^T X."""
         assert self.grad_buffer is not None, "backward before attach()"
-        accumulate_weight_gradient(self.grad_buffer.view(weight).flatten(0, -2), dy_TO, x_TI)
+        accumulate_weight_gradient(self.grad_buffer.view(weight), dy, x)
         self.grad_buffer.contributed(weight)
 
-    def rows(self, weight: nn.Parameter, dy_TD: Tensor, rows_T: Tensor) -> None:
-        """bucket[weight][rows_T[t]] += dy_TD[t]; rows outside the weight are another rank's and are left out."""
+    def rows(self, weight: nn.Parameter, dy: Tensor, rows: Tensor) -> None:
+        """bucket[weight][rows[...]] += dy[...]; rows outside the weight are another rank's and are left out."""
         assert self.grad_buffer is not None, "backward before attach()"
-        accumulate_row_gradient(self.grad_buffer.view(weight), dy_TD, rows_T)
+        accumulate_row_gradient(self.grad_buffer.view(weight), dy, rows)
         self.grad_buffer.contributed(weight)

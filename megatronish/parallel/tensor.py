@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from megatronish.comm import Group, Pending
 from megatronish.comm.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
+from megatronish.kernels.linear import linear, linear_input_gradient
 from megatronish.layout import Column, ParamLayout, ParamPlacement, Plan, Replicated, Row, Rule, Vocab, shard_range
 
 
 class WeightGradientSink(Protocol):
     """Who takes the weight gradients of linears and embeddings (see `optim/weight_gradients.py`)."""
 
-    def linear(self, weight: nn.Parameter, dy_TO: Tensor, x_TI: Tensor) -> None:
-        """Owe `weight` the gradient dY^T X."""
+    def linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
+        """Owe `weight` the gradient dY^T X, for dy [..., O] and x [..., I]."""
 
-    def rows(self, weight: nn.Parameter, dy_TD: Tensor, rows_T: Tensor) -> None:
-        """Owe row rows_T[t] of `weight` the gradient dy_TD[t]; rows outside the weight are another rank's."""
+    def rows(self, weight: nn.Parameter, dy: Tensor, rows: Tensor) -> None:
+        """Owe row rows[...] of `weight` the gradient dy[..., D]; rows outside the weight are another rank's."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,16 @@ class _ColumnLinear(torch.autograd.Function):
         x_full = tp.start_gather(x).wait()
         ctx.save_for_backward(x if tp.regather_input else x_full)
         ctx.weight, ctx.tp = weight, tp
-        return torch.mm(x_full.flatten(0, -2), weight.flatten(0, -2).t()).view(*x_full.shape[:-1], -1)
+        return linear(x_full, weight)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
         gathering = tp.start_gather(x) if tp.regather_input else Pending(x)
-        dy_TO = dy.flatten(0, -2)
-        dx = torch.mm(dy_TO, weight.flatten(0, -2)).view(*dy.shape[:-1], -1)
+        dx = linear_input_gradient(dy, weight)
         x_full = gathering.wait()
         summing = tp.start_sum(dx)
-        tp.sink.linear(weight, dy_TO, x_full.flatten(0, -2))  # under the sum's communication
+        tp.sink.linear(weight, dy, x_full)  # under the sum's communication
         return summing.wait(), None, None
 
 
@@ -76,15 +76,14 @@ class _RowLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.tp = weight, tp
-        y = torch.mm(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], -1)
-        return tp.start_sum(y).wait()
+        return tp.start_sum(linear(x, weight)).wait()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (x,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
-        dy_TO = tp.start_gather(dy.contiguous()).wait().flatten(0, -2)
-        dx = torch.mm(dy_TO, weight).view(x.shape)
-        tp.sink.linear(weight, dy_TO, x.flatten(0, -2))
+        dy_full = tp.start_gather(dy).wait()
+        dx = linear_input_gradient(dy_full, weight)
+        tp.sink.linear(weight, dy_full, x)
         return dx, None, None
 
 
@@ -103,8 +102,7 @@ class _VocabEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None]:
         (rows,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
-        dy_TD = tp.start_gather(dy.contiguous()).wait().flatten(0, -2)
-        tp.sink.rows(weight, dy_TD, rows.flatten())
+        tp.sink.rows(weight, tp.start_gather(dy).wait(), rows)
         return None, None, None, None
 
 

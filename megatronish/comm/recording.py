@@ -1,0 +1,167 @@
+"""A process group that writes down every call: alone, as a rank of a job of any size that does not exist, or around a real gloo group.
+
+It sits below torch.distributed, so it sees what a backend would see, whoever called. Without an inner group nothing is communicated and
+outputs keep what was in them: good for fake tensors, whose values nobody reads.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_counter = itertools.count()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to a communicator."""
+
+    operation: str
+    """all_reduce, all_gather, reduce_scatter, send, receive or barrier."""
+    axis: str
+    """The group's description: a mesh axis, or `world`."""
+    ranks: tuple[int, ...]
+    """Global ranks of the group."""
+    num_elements: int = 0
+    """Of this rank's input (of the output for a receive)."""
+    dtype: str = ""
+    reduce_op: str = ""
+    peer: int | None = None
+    """Global rank, for send and receive."""
+    tag: int = 0
+
+    def __str__(self) -> str:
+        peer = "" if self.peer is None else f" peer {self.peer} tag {self.tag}"
+        return f"{self.operation} {self.reduce_op} {self.num_elements} x {self.dtype} on {self.axis}{list(self.ranks)[:4]}{peer}"
+
+
+@dataclass
+class Recorder:
+    """The calls of one rank, in order."""
+
+    calls: list[Call] = field(default_factory=list)
+
+
+class _Done(dist.Work):
+    """The work of a call that was only written down."""
+
+    def wait(self, timeout: datetime.timedelta | None = None) -> bool:  # noqa: ARG002
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class RecordingProcessGroup(dist.ProcessGroup):
+    """Writes calls to `recorder` and passes them on to `inner`, where there is one."""
+
+    def __init__(self, rank: int, ranks: tuple[int, ...], recorder: Recorder, inner: dist.ProcessGroup | None) -> None:
+        super().__init__(rank, len(ranks))
+        self.ranks = ranks
+        self.recorder = recorder
+        self.inner = inner
+        self._name, self._description = "", "world"
+
+    def _pass_on(self, method: str, *arguments: Any) -> dist.Work:
+        if self.inner is None:
+            return _Done()
+        work: dist.Work = getattr(self.inner, method)(*arguments)
+        return work
+
+    def _record(self, operation: str, x: Tensor | None = None, **more: Any) -> None:
+        size = {} if x is None else {"num_elements": x.numel(), "dtype": str(x.dtype).removeprefix("torch.")}
+        self.recorder.calls.append(Call(operation, self._description, self.ranks, **size, **more))
+
+    def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
+        self._record("all_reduce", tensors[0], reduce_op=_op_name(options.reduceOp))
+        return self._pass_on("allreduce", tensors, options)
+
+    def all_gather_single(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:
+        self._record("all_gather", x)
+        return self._pass_on("all_gather_single", out, x, options)
+
+    def _allgather_base(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:  # its name before torch 2.13
+        self._record("all_gather", x)
+        return self._pass_on("_allgather_base", out, x, options)
+
+    def reduce_scatter_single(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:
+        self._record("reduce_scatter", x, reduce_op=_op_name(options.reduceOp))
+        return self._pass_on("reduce_scatter_single", out, x, options)
+
+    def _reduce_scatter_base(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:  # its name before torch 2.13
+        self._record("reduce_scatter", x, reduce_op=_op_name(options.reduceOp))
+        return self._pass_on("_reduce_scatter_base", out, x, options)
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
+        self._record("send", tensors[0], peer=self.ranks[peer], tag=tag)
+        return self._pass_on("send", tensors, peer, tag)
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
+        self._record("receive", tensors[0], peer=self.ranks[peer], tag=tag)
+        return self._pass_on("recv", tensors, peer, tag)
+
+    def barrier(self, options: Any = None) -> dist.Work:
+        self._record("barrier")
+        return self._pass_on("barrier", options)
+
+    # What torch.distributed asks of any group.
+    def getBackendName(self) -> str:
+        return "recording"
+
+    @property
+    def group_name(self) -> str:
+        return self._name
+
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def group_desc(self) -> str:
+        return self._description
+
+    def _set_group_desc(self, description: str) -> None:
+        self._description = "world" if description in ("", "default_pg", "undefined") else description
+
+
+def _op_name(op: Any) -> str:
+    return str(op).rsplit(".", 1)[-1].removesuffix(">").lower() if op is not None else ""
+
+
+def register_recording_backend(recorder: Recorder, *, wrap_gloo: bool) -> str:
+    """Register a backend whose groups record to `recorder`, around real gloo groups or around nothing; its name, for
+    `init_process_group`."""
+
+    def create(options: Any, _: Any) -> RecordingProcessGroup:
+        ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
+        inner = None
+        if wrap_gloo:
+            inner = dist.ProcessGroupGloo(options.store, options.group_rank, options.group_size, options.timeout)
+        return RecordingProcessGroup(options.group_rank, ranks, recorder, inner)
+
+    name = f"recording{next(_counter)}"
+    register: Callable[..., None] = dist.Backend.register_backend
+    register(name, create, extended_api=True, devices=["cpu"])
+    return name
+
+
+@contextmanager
+def rehearsed_world(rank: int, world_size: int) -> Iterator[tuple[Recorder, FakeTensorMode]]:
+    """Be rank `rank` of a job of `world_size` ranks that does not exist: tensors are fake, calls are recorded, nothing is sent."""
+    recorder = Recorder()
+    if world_size > 1:
+        backend = register_recording_backend(recorder, wrap_gloo=False)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)
+    try:
+        with FakeTensorMode() as mode:
+            yield recorder, mode
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
