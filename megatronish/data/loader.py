@@ -70,7 +70,7 @@ class BatchLoader:
     def batch(self, step: int) -> Batch:
         """This rank's samples of `step`, and begins to make those of `step + 1`. What failed in the thread is raised here.
 
-        Masks and positions are the same tensors in every batch: do not write to them."""
+        Do not write to a batch: inputs and labels share memory, and masks and positions are the same tensors in every batch."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             result = self._make(step)
@@ -135,11 +135,11 @@ def _mask_and_positions(weights_B: NDArray[np.float32], sequence_length: int, de
 def _to_batch(
     tokens: NDArray[np.int64], numbers: NDArray[np.int64], mask_and_positions: tuple[Tensor, Tensor], device_copy: DeviceCopy
 ) -> Batch:
-    """[B, S+1] -> inputs and labels [S, B]; contiguous, so that a cut along S is."""
-    inputs, labels = (part.T.copy() for part in (tokens[:, :-1], tokens[:, 1:]))
+    """[B, S+1] -> inputs and labels [S, B]: contiguous views of one [S+1, B], so one transposition and one copy make both."""
+    tokens_SB = device_copy(torch.from_numpy(tokens.T.copy()))
     return Batch(
-        tokens_SB=device_copy(torch.from_numpy(inputs)),
-        labels_SB=device_copy(torch.from_numpy(labels)),
+        tokens_SB=tokens_SB[:-1],
+        labels_SB=tokens_SB[1:],
         loss_mask_SB=mask_and_positions[0],
         positions_SB=mask_and_positions[1],
         sample_numbers_B=device_copy(torch.from_numpy(numbers)),
