@@ -41,7 +41,11 @@ def documents_of(prefix) -> list[list[int]]:
     return [dataset.document(i).tolist() for i in range(dataset.num_documents)]
 
 
-def test_the_files_do_not_depend_on_the_number_of_workers(corpus, tokenizer_path, tmp_path):
+def test_the_files_do_not_depend_on_the_number_of_workers(corpus, tokenizer_path, tmp_path, monkeypatch):
+    plan, group = module.plan_segments, module.group_jobs
+    monkeypatch.setattr(module, "plan_segments", lambda files: plan(files, segment_bytes=3000))
+    monkeypatch.setattr(module, "group_jobs", lambda segments: group(segments, job_bytes=5000))
+    assert len(list(module.group_jobs(module.plan_segments([corpus / "long.txt"])))) > 12, "one job would prove nothing"
     reports = [tokenize([corpus], tokenizer=tokenizer_path, out=tmp_path / f"w{n}", workers=n) for n in (1, 3)]
     assert reports[0] == reports[1]
     for suffix in ("bin", "idx"):
