@@ -84,13 +84,19 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Processes = No
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")],
     data: Annotated[str, typer.Option(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx hold the text.")],
+    overrides: Overrides = None,
     nproc: Processes = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="Read only this many of the run's global batches.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")] = None,
 ) -> None:
     """Perplexity, bits per byte and per token of a run's newest checkpoint on a set of tokens.
 
-    Example: megatronish eval runs/demo_cpu --data runs/demo-data/heldout
+    Every process is a replica unless the layout is given; the result does not depend on it.
+
+    Example: megatronish eval runs/demo_cpu --data runs/demo-data/heldout --nproc 4 parallel.tensor=2
     """
-    _finish(importlib.import_module("megatronish.evaluate").main(str(run), data, nproc))
+    evaluate_main = importlib.import_module("megatronish.evaluate").main
+    _finish(evaluate_main(str(run), data, nproc, overrides or [], batches, str(json_file) if json_file else None))
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)

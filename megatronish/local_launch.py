@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import uuid
 
+from megatronish.errors import UserError
+from megatronish.parallel.rendezvous import ALONE, Place
+
+_RUN_ID = "local-"
+_PR_SET_PDEATHSIG = 1
+
 
 def run_local(arguments: list[str], nproc: int) -> int:
-    """Run `python -m megatronish ARGUMENTS` in `nproc` processes that know each other; the exit code of the first that failed, or 0.
+    """Run `python -m megatronish ARGUMENTS` in `nproc` processes that know each other; the exit code: 0, 2 for bad input, 130 after
+    Ctrl-C, 1 for any other failure.
 
     When one ends badly the others are stopped. Output goes to this process's."""
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -23,7 +33,7 @@ def run_local(arguments: list[str], nproc: int) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex[:8],
+        run_id=f"{_RUN_ID}{os.getpid()}-{uuid.uuid4().hex[:8]}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -32,6 +42,35 @@ def run_local(arguments: list[str], nproc: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "megatronish", *arguments)
     except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        return first.exitcode if first.exitcode > 0 else 1
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                hint = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
+                print(f"rank {rank} of {nproc} was ended by {signal.Signals(-failure.exitcode).name}{hint}", file=sys.stderr)
+        codes = [failure.exitcode for failure in error.failures.values()]
+        # Bad input is the reason where one rank reports it and others only see it go.
+        return 2 if 2 in codes else 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
     return 0
+
+
+def must_launch(place: Place, nproc: int | None) -> bool:
+    """Whether `--nproc` asks for new processes; not in a rank. UserError where a launcher has started another number of them."""
+    if nproc is None or place.world_size == nproc:
+        return False
+    if place.launcher != ALONE:
+        raise UserError(
+            f"--nproc {nproc}, but the environment says WORLD_SIZE={place.world_size}: the launcher starts the processes, "
+            "leave --nproc out"
+        )
+    return True
+
+
+def end_with_launcher(place: Place) -> None:
+    """In a rank that `run_local` started: ask Linux to kill it when the launcher is gone, however it went. Ranks have sessions of
+    their own, so a launcher killed by SIGKILL would leave them running."""
+    if not place.run_id.startswith(_RUN_ID) or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != int(place.run_id.split("-")[1]):  # it went before that call
+        sys.exit(1)

@@ -22,13 +22,14 @@ from megatronish.config_loader import load_config
 from megatronish.data.gpt_dataset import GPTDataset, TokenDataset
 from megatronish.data.loader import BatchLoader, evaluation_batches
 from megatronish.errors import UserError
-from megatronish.local_launch import run_local
+from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
 from megatronish.observe.log import setup_logging
 from megatronish.observe.metrics import MetricsWriter
 from megatronish.observe.progress import TrainingProgress
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import Place, connect, disconnect, find_place
+from megatronish.rank_failure import RankGuard
 from megatronish.run_folder import RunFolder
 from megatronish.startup import config_facts, dry_batch, require_agreement, version_facts
 from megatronish.text_measure import TextMeasure
@@ -47,8 +48,9 @@ class Datasets:
 
 def open_datasets(config: Config) -> Datasets:
     """Open both sets in O(1) reads; UserError if they do not fit the config."""
-    data, open_set = config.data, partial(
-        GPTDataset, sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size
+    data, open_set = (
+        config.data,
+        partial(GPTDataset, sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size),
     )
     if data.validation is not None:
         train, validation = open_set(data.train), open_set(data.validation)
@@ -66,19 +68,21 @@ def open_datasets(config: Config) -> Datasets:
 def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
     """Train, in this process or in `nproc` new ones; the exit code. UserError for bad input, before anything is started or written."""
     place = find_place()
-    world_size = nproc if nproc is not None and place.world_size == 1 else place.world_size
-    config = load_config(config_path, overrides, world_size=world_size)
-    if nproc is not None and nproc > 1 and place.world_size == 1:
+    if must_launch(place, nproc):
+        config = load_config(config_path, overrides, world_size=nproc)
         open_datasets(config)
-        RunFolder.of(config).check_belongs_to(config)
-        return run_local(["train", config_path, *overrides], nproc)
-    streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
-    datasets = open_datasets(config)
-    try:
+        RunFolder.of(config).prepare(config)
+        return run_local(["train", config_path, *overrides], nproc or 1)
+    end_with_launcher(place)
+    with RankGuard(place) as guard:
+        config = load_config(config_path, overrides, world_size=place.world_size)
+        folder = RunFolder.of(config)
+        guard.run_folder = folder.path
+        streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
+        datasets = open_datasets(config)
         device = connect(place)
         mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
         run_training(config, mesh, datasets, place)
-    finally:
         disconnect()
     return 0
 
@@ -283,4 +287,3 @@ class AfterStep:
     def _skip(self, seconds: float) -> None:
         """Leave time that was not training out of the next report's rate."""
         self._since = (self._since[0], self._since[1] + seconds)
-

@@ -40,7 +40,9 @@ class Place:
 
     def describe(self) -> str:
         """One line for the log."""
-        return f"rank {self.rank} of {self.world_size} (local {self.local_rank} of {self.local_world_size}), launcher: {self.launcher}"
+        return (
+            f"rank {self.rank} of {self.world_size} (local {self.local_rank} of {self.local_world_size}), launcher: {self.launcher}"
+        )
 
 
 def find_place(environment: Mapping[str, str] | None = None) -> Place:
@@ -54,7 +56,9 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
         return Place(ALONE)
     missing = [name for name in VARIABLES if name not in environment]
     if missing:
-        raise UserError(f"the environment sets {', '.join(given)} but not {', '.join(missing)}: set all five, or none for one process")
+        raise UserError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}: set all five, or none for one process"
+        )
     numbers = {name: _number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
         raise UserError(f"RANK={numbers['RANK']} must be below WORLD_SIZE={numbers['WORLD_SIZE']}: ranks count from 0")
@@ -102,7 +106,11 @@ def connect(place: Place, *, timeout_seconds: float = 600.0) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"rank {place.rank} cannot {verb} MASTER_ADDR={address} MASTER_PORT={port}: {reason}") from error
     dist.init_process_group(
-        streams.backend_of(device.type), store=_own_part(place, store), rank=place.rank, world_size=place.world_size, timeout=timeout
+        streams.backend_of(device.type),
+        store=_own_part(place, store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
     )
     return device
 

@@ -1,0 +1,129 @@
+"""What a rank of many does when it fails: one report for the whole job, the right exit code, and no wall of tracebacks.
+
+Collectives no longer work then, so ranks settle who speaks through the job's store. Whoever fails first reports at once; the others
+stay silent and wait to be stopped by the launcher. A rank that only saw a peer vanish says so in one line, unless the reason was
+reported. Where the store cannot be reached (rank 0 served it and is gone), rank 0 reports at once, the others after a moment, with
+their rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from megatronish.errors import UserError
+from megatronish.parallel.rendezvous import Place, shared_store
+
+LINGER_SECONDS = 5.0
+"""How long a rank with nothing new to say waits for the launcher to stop it; torchrun's agent does so in a fraction of a second."""
+
+_LOST_PEER = re.compile(
+    r"Connection (was likely )?(closed|reset) by (peer|remote peer)|Connection was likely closed|Broken pipe|Socket (is )?closed"
+    r"|ncclRemoteError|remote process exited|communicator was aborted|Connection refused|failed to (recv|send), got",
+    re.IGNORECASE,
+)
+_REPORTED = "reported"
+
+
+class Board(Protocol):
+    """What is needed of the job's store."""
+
+    def add(self, key: str, amount: int) -> int: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+    def set(self, key: str, value: str) -> None: ...
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """What `error` says of a lost peer, in one line; None if it is about something else."""
+    # Errors of torch's communication, of gloo, NCCL and the store, are RuntimeErrors with nothing but a text.
+    match = _LOST_PEER.search(str(error)) if isinstance(error, RuntimeError) else None
+    return match and next(line.strip() for line in str(error).splitlines() if match[0] in line)
+
+
+class RankGuard:
+    """Context manager around all that a rank does. `run_folder` is set as soon as it is known.
+
+    Alone (world size 1) it only adds to the log and lets the exception pass. As one of many it ends in SystemExit: 2 for a
+    UserError, 1 for all else; an interrupt ends the process at once, since the launcher passes it on to every rank."""
+
+    def __init__(self, place: Place, *, linger_seconds: float = LINGER_SECONDS) -> None:
+        self.place = place
+        self.run_folder: Path | None = None
+        self._linger_seconds = linger_seconds
+
+    def __enter__(self) -> RankGuard:
+        if self.place.world_size > 1 and threading.current_thread() is threading.main_thread():
+            # A rank that waits inside a collective would see a KeyboardInterrupt only when that ends, which may be never.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        self._write_log(_full_text(error))
+        if self.place.world_size > 1:
+            raise SystemExit(self._report(error)) from error
+
+    def _report(self, error: Exception) -> int:
+        code = 2 if isinstance(error, UserError) else 1
+        who = f"rank {self.place.rank} of {self.place.world_size}"
+        board: Board | None = shared_store(self.place, timeout=datetime.timedelta(seconds=2))
+        try:
+            if reason := lost_peer(error):
+                if board is None or not board.check([_REPORTED]):
+                    _print(f"{who} lost a peer: {reason}")
+            elif board is not None:
+                # Ranks may give different bad input; each such message is said once. Of failures in our code the first tells most.
+                topic = f"error {zlib.crc32(str(error).encode()):08x}" if code == 2 else "failure"
+                if board.add(topic, 1) == 1:
+                    _print(_error_lines(error) if code == 2 else f"{who} failed:\n{_full_text(error)}")
+                    board.set(_REPORTED, "1")
+                    return code
+            else:
+                if self.place.rank > 0:
+                    time.sleep(self._linger_seconds)
+                _print(_error_lines(error, prefix=f"{who}: ") if code == 2 else f"{who} failed:\n{_full_text(error)}")
+                return code
+        except RuntimeError:  # the store went away meanwhile
+            _print(f"{who} failed:\n{_full_text(error)}")
+        time.sleep(self._linger_seconds)
+        return code
+
+    def _write_log(self, text: str) -> None:
+        if self.run_folder is None or not (self.run_folder / "logs").is_dir():
+            return
+        try:
+            with open(
+                self.run_folder / "logs" / f"rank-{self.place.rank:05d}.log", "a", encoding="utf-8", errors="backslashreplace"
+            ) as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError:
+            pass  # the disk may be what failed; standard error still has the report
+
+
+def _full_text(error: Exception) -> str:
+    """The traceback; of bad input the message alone."""
+    if isinstance(error, UserError):
+        return _error_lines(error)
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _error_lines(error: Exception, *, prefix: str = "") -> str:
+    return "\n".join(f"error: {prefix}{line}" for line in str(error).splitlines())
+
+
+def _print(text: str) -> None:
+    # One write: lines of several ranks do not mix.
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
