@@ -1,7 +1,7 @@
 """AdamW (Loshchilov and Hutter 2019, algorithm 2) on a flat slice, with the gradient scale applied on the way.
 
-    g = scale * grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
-    p = p - lr * (weight_decay * p + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
+g = scale * grad;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+p = p - lr * (weight_decay * p + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
 """
 
 from __future__ import annotations
@@ -41,7 +41,14 @@ def reference(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
 
 
 def _body(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scale: Tensor, low: Tensor | None, numbers: list[float], step: int
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
+    low: Tensor | None,
+    numbers: list[float],
+    step: int,
 ) -> None:
     lr, beta1, beta2, eps, weight_decay = numbers
     module = native.cpu if master.device.type == "cpu" else native.cuda
@@ -64,7 +71,14 @@ def _body(
 
 
 def _fake(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scale: Tensor, low: Tensor | None, numbers: list[float], step: int
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
+    low: Tensor | None,
+    numbers: list[float],
+    step: int,
 ) -> None:
     return None
 
@@ -93,3 +107,22 @@ def adamw_(
         [numbers.lr, numbers.beta1, numbers.beta2, numbers.eps, numbers.weight_decay],
         numbers.step,
     )
+
+
+def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, AdamWStep]]:
+    """Inputs that tests and benches run every implementation on: (master, grad, exp_avg, exp_avg_sq, scale, low, numbers).
+    For bfloat16 the master is float32 and `low` is given."""
+    generator = torch.Generator(device).manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    cases = []
+    for n, step, weight_decay in [(16, 1, 0.1), (1000, 7, 0.0), (4099, 100, 0.1)]:
+        master, grad, exp_avg = (torch.randn(n, generator=generator, dtype=wide, device=device) for _ in range(3))
+        exp_avg_sq = torch.rand(n, generator=generator, dtype=wide, device=device)
+        if step == 1:
+            exp_avg.zero_()
+            exp_avg_sq.zero_()
+        scale = torch.tensor(0.37, dtype=wide, device=device)
+        low = torch.zeros(n, dtype=dtype, device=device) if dtype == torch.bfloat16 else None
+        numbers = AdamWStep(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=weight_decay, step=step)
+        cases.append((master, grad, exp_avg, exp_avg_sq, scale, low, numbers))
+    return cases

@@ -66,3 +66,25 @@ cross_entropy_backward = register(
     _backward_fake,
 )
 """The gradient of the local columns, given the log-sum-exp over all ranks' columns."""
+
+
+def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, int, int]]:
+    """Inputs that tests and benches run every implementation on: whole rows, a part with labels of others, some padding, padding only."""
+    generator = torch.Generator(device).manual_seed(0)
+    cases = []
+    for T, columns, first_row, num_valid, V in [(6, 40, 0, 40, 40), (5, 17, 17, 17, 50), (7, 16, 32, 9, 41), (3, 8, 48, 0, 41)]:
+        logits_TV = torch.randn(T, columns, generator=generator, dtype=dtype, device=device) * 4
+        cases.append((logits_TV, torch.randint(V, (T,), generator=generator, device=device), first_row, num_valid))
+    return cases
+
+
+def backward_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
+    """The same for the backward op; the log-sum-exp is what other ranks' columns might make it."""
+    generator = torch.Generator(device).manual_seed(1)
+    cases = []
+    for logits_TV, labels_T, first_row, num_valid in sample_inputs(dtype, device):
+        wide = accumulate_dtype(logits_TV)
+        dloss_T = torch.rand(len(labels_T), generator=generator, dtype=wide, device=device)
+        log_sum_exp_T = logits_TV.to(wide).logsumexp(-1) + torch.rand(len(labels_T), generator=generator, dtype=wide, device=device)
+        cases.append((dloss_T, logits_TV, labels_T, log_sum_exp_T, first_row, num_valid))
+    return cases

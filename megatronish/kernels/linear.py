@@ -6,14 +6,17 @@ A weight may have structured leading dimensions [..., I] (heads, gate and up); t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import register
+from megatronish.kernels.registry import accumulate_dtype, register
 
 
-def _forward(x: Tensor, weight: Tensor) -> Tensor:
+def reference(x: Tensor, weight: Tensor) -> Tensor:
+    """Plain PyTorch: x W^T."""
     return torch.nn.functional.linear(x, weight.flatten(0, -2))
 
 
@@ -21,7 +24,8 @@ def _forward_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], math.prod(weight.shape[:-1]))
 
 
-def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+def input_gradient_reference(dy: Tensor, weight: Tensor) -> Tensor:
+    """Plain PyTorch: dY W."""
     return torch.matmul(dy, weight.flatten(0, -2))
 
 
@@ -56,14 +60,63 @@ def _nothing(bucket: Tensor, dy: Tensor, x: Tensor) -> None:
     return None
 
 
-linear = register("linear(Tensor x, Tensor weight) -> Tensor", _forward, _forward_fake)
+linear = register("linear(Tensor x, Tensor weight) -> Tensor", reference, _forward_fake)
 """x [..., I], weight [..., I] -> [..., O], of one dtype. Without autograd: `parallel/tensor.py` owns its backward."""
 
-linear_input_gradient = register("linear_input_gradient(Tensor dy, Tensor weight) -> Tensor", _input_gradient, _input_gradient_fake)
+linear_input_gradient = register(
+    "linear_input_gradient(Tensor dy, Tensor weight) -> Tensor", input_gradient_reference, _input_gradient_fake
+)
 """dy [..., O], weight [..., I] -> dx [..., I]."""
 
-accumulate_weight_gradient = register("accumulate_weight_gradient(Tensor(a!) bucket, Tensor dy, Tensor x) -> ()", _weight_gradient, _nothing)
+accumulate_weight_gradient = register(
+    "accumulate_weight_gradient(Tensor(a!) bucket, Tensor dy, Tensor x) -> ()", _weight_gradient, _nothing
+)
 """bucket, shaped like the weight, += dy [..., O]^T x [..., I]; the bucket is float32 (or float64), dy and x have the activations' dtype."""
 
-accumulate_row_gradient = register("accumulate_row_gradient(Tensor(a!) bucket, Tensor dy, Tensor rows) -> ()", _row_gradient, _nothing)
+accumulate_row_gradient = register(
+    "accumulate_row_gradient(Tensor(a!) bucket, Tensor dy, Tensor rows) -> ()", _row_gradient, _nothing
+)
 """bucket [V, D] at rows[...] += dy [..., D], for rows int64 inside [0, V); others are left out."""
+
+
+def row_gradient_reference(bucket_VD: Tensor, dy: Tensor, rows: Tensor) -> None:
+    """Plain PyTorch, row by row."""
+    for row, dy_D in zip(rows.flatten().tolist(), dy.flatten(0, -2), strict=True):
+        if 0 <= row < bucket_VD.shape[0]:
+            bucket_VD[row] += dy_D.to(bucket_VD.dtype)
+
+
+def _random(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
+    return partial(torch.randn, generator=torch.Generator(device).manual_seed(0), dtype=dtype, device=device)
+
+
+def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor]]:
+    """Inputs that tests and benches run every implementation on: (x, weight)."""
+    draw = _random(dtype, device)
+    return [(draw(5, 2, 24), draw(16, 24)), (draw(3, 1, 8), draw(2, 4, 6, 8)), (draw(1, 1, 33), draw(2, 7, 33))]
+
+
+def input_gradient_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor]]:
+    """(dy, weight)."""
+    draw = _random(dtype, device)
+    return [(draw(*x.shape[:-1], math.prod(w.shape[:-1])), w) for x, w in sample_inputs(dtype, device)]
+
+
+def weight_gradient_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(bucket, dy, x)."""
+    draw = _random(dtype, device)
+    return [
+        (draw(*w.shape).to(accumulate_dtype(x)), draw(*x.shape[:-1], math.prod(w.shape[:-1])), x)
+        for x, w in sample_inputs(dtype, device)
+    ]
+
+
+def row_gradient_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(bucket, dy, rows); some rows are another rank's, below or above, and some come more than once."""
+    draw, generator = _random(dtype, device), torch.Generator(device).manual_seed(1)
+    cases = []
+    for S, B, V, D in [(6, 2, 8, 16), (9, 1, 3, 5)]:
+        dy = draw(S, B, D)
+        rows = torch.randint(-V, 2 * V, (S, B), generator=generator, device=device)
+        cases.append((draw(V, D).to(accumulate_dtype(dy)), dy, rows))
+    return cases

@@ -1,0 +1,1 @@
+"""The models of other libraries: names, shapes and configurations, both ways."""

@@ -1,0 +1,88 @@
+"""KERNELS: every op with its reference and the inputs to try it on. Tests, benches and reports run over this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatronish.kernels import adamw, attention, cross_entropy, linear, rms_norm, rotary, swiglu
+from megatronish.kernels.adamw import AdamWStep
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row."""
+
+    name: str
+    function: Callable[..., Any]
+    """What the trainer calls."""
+    reference: Callable[..., Any]
+    """The same arguments and results in plain PyTorch."""
+    sample_inputs: Callable[[torch.dtype, str], list[tuple[Any, ...]]]
+    """(dtype, device) -> lists of arguments."""
+    differentiable: tuple[int, ...] = ()
+    """Positions of the arguments that get a gradient."""
+    mutated: tuple[int, ...] = ()
+    """Positions of the arguments that are written: these are results."""
+
+
+def _adamw(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scale: Tensor, low: Tensor | None, numbers: AdamWStep
+) -> None:
+    adamw.adamw_(master, grad, exp_avg, exp_avg_sq, scale=scale, low=low, numbers=numbers)
+
+
+def _adamw_reference(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scale: Tensor, low: Tensor | None, numbers: AdamWStep
+) -> None:
+    adamw.reference(master, grad, exp_avg, exp_avg_sq, scale, numbers)
+    if low is not None:
+        low.copy_(master)
+
+
+def _attention_reference(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor) -> Tensor:
+    return attention.reference(query_SBHK, key_SBGK, value_SBGK)[0]
+
+
+KERNELS: dict[str, Kernel] = {
+    row.name: row
+    for row in (
+        Kernel("rms_norm", rms_norm.rms_norm, rms_norm.reference, rms_norm.sample_inputs, differentiable=(0, 1)),
+        Kernel("split_rotary", rotary.split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
+        Kernel("swiglu", swiglu.swiglu, swiglu.reference, swiglu.sample_inputs, differentiable=(0,)),
+        Kernel("attention", attention.attention, _attention_reference, attention.sample_inputs, differentiable=(0, 1, 2)),
+        Kernel("linear", linear.linear, linear.reference, linear.sample_inputs),
+        Kernel(
+            "linear_input_gradient",
+            linear.linear_input_gradient,
+            linear.input_gradient_reference,
+            linear.input_gradient_sample_inputs,
+        ),
+        Kernel(
+            "accumulate_weight_gradient",
+            linear.accumulate_weight_gradient,
+            linear.weight_gradient_reference,
+            linear.weight_gradient_sample_inputs,
+            mutated=(0,),
+        ),
+        Kernel(
+            "accumulate_row_gradient",
+            linear.accumulate_row_gradient,
+            linear.row_gradient_reference,
+            linear.row_gradient_sample_inputs,
+            mutated=(0,),
+        ),
+        Kernel("cross_entropy_parts", cross_entropy.cross_entropy_parts, cross_entropy.reference, cross_entropy.sample_inputs),
+        Kernel(
+            "cross_entropy_backward",
+            cross_entropy.cross_entropy_backward,
+            cross_entropy.reference_backward,
+            cross_entropy.backward_sample_inputs,
+        ),
+        Kernel("adamw", _adamw, _adamw_reference, adamw.sample_inputs, mutated=(0, 2, 3, 5)),
+    )
+}
