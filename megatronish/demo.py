@@ -70,7 +70,7 @@ def run_demo(overrides: list[str]) -> int:
 
         plot_loss(run_dir, run_dir / "loss.png")
         stages.say(f"drew {run_dir / 'loss.png'}")
-    stages.say(what_next(config, str(config_path), run_dir))
+    stages.say(what_next(config, str(config_path), overrides))
     return 0
 
 
@@ -252,17 +252,22 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def what_next(config: Config, config_path: str, run_dir: Path) -> str:
-    """Commands to go on with."""
-    command = _command()
+def what_next(config: Config, config_path: str, overrides: Sequence[str]) -> str:
+    """Commands to go on with, for this run as `overrides` made it."""
+    from megatronish.run_folder import RunFolder
+
+    command, run_dir = _command(), RunFolder.of(config).path
+    num_ranks = min(2, _num_ranks(config))
+    kept = [override for override in overrides if not override.startswith(("train.steps=", "parallel."))]
+    longer = " ".join([*kept, f"train.steps={2 * config.num_steps}"])
     tensorboard = Path(command).with_name("tensorboard")
     return (
         f"The run is in {run_dir}: metrics.jsonl, loss.png, logs/, tensorboard/, checkpoints/.\n"
         "Next:\n"
         f"  {command} eval {run_dir} --data {config.data.validation}   # the same numbers, from the checkpoint, in one process\n"
         f"  {command} data inspect {config.data.train} --tokenizer {config.data.tokenizer}   # what it was trained on\n"
-        f"  {command} train {config_path} train.steps={2 * config.num_steps} parallel.tensor=1 parallel.pipeline=1 "
-        "parallel.data=2 --nproc 2   # go on, on another layout\n"
+        f"  {command} train {config_path} {longer} parallel.tensor=1 parallel.pipeline=1 parallel.data={num_ranks} "
+        f"--nproc {num_ranks}   # go on, on another layout\n"
         f"  {tensorboard} --logdir {run_dir / 'tensorboard'}   # the curves, live"
     )
 

@@ -166,6 +166,14 @@ def test_the_demo_trains_on_8_processes_and_tells_before_after_and_where(fake_tr
     assert (tmp_path / "runs/short/loss.png").stat().st_size > 10_000
 
 
+def test_the_commands_to_go_on_with_are_sound(fake_training, capsys):
+    assert demo.main(OVERRIDES) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if " train " in line]
+    words = line.split("#")[0].split()
+    config = load_config(Path(words[2]), words[3:-2], world_size=int(words[-1]))
+    assert words[-2] == "--nproc" and config.name == "short" and config.num_steps == 40
+
+
 def test_a_second_run_trains_nothing_and_shows_the_numbers_again(fake_training, capsys):
     assert demo.main(OVERRIDES) == 0
     capsys.readouterr()
