@@ -50,11 +50,12 @@ def start_all_reduce(x: Tensor, group: Group, op: ReduceOp = "sum") -> Pending:
     """Reduce `x` over the group in place: any shape and dtype, equal on every rank. Collective over `group`."""
     if group.handle is None:
         return Pending(x)
-    if not group.pairwise:
-        work = dist.all_reduce(x, _OPS[op], group=group.handle, async_op=True)
-        return Pending(x, (work,), buffers=(x,))
-    theirs = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # Gloo takes a strided tensor without an error and gives wrong sums.
     mine = x.contiguous()
+    if not group.pairwise:
+        work = dist.all_reduce(mine, _OPS[op], group=group.handle, async_op=True)
+        return Pending(x, (work,), None if mine is x else lambda: _copy(x, mine), (mine,))
+    theirs = torch.empty_like(mine)
     works = _swap(mine, theirs, group)
     return Pending(x, works, lambda: _combine_into(x, mine, theirs, op), (mine, theirs))
 
@@ -140,6 +141,10 @@ def _swap(mine: Tensor, theirs: Tensor, group: Group) -> tuple[dist.Work, ...]:
 
 COLLECTIVE_TAG = 1 << 20
 """Above every tag of the pipeline's messages, so that the two never pair up on one communicator."""
+
+
+def _copy(out: Tensor, x: Tensor) -> None:
+    out.copy_(x)
 
 
 def _combine_into(out: Tensor, a: Tensor, b: Tensor, op: ReduceOp) -> None:
