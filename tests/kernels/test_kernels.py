@@ -110,7 +110,7 @@ def test_gradients_equal_those_of_the_reference_in_float64(kernel: Kernel, dtype
         for position, got, expected in zip(kernel.differentiable, *gradients, strict=True):
             what = f"{kernel.name}, case {case}, gradient of argument {position}"
             # A sum over tokens in the inputs' dtype, where a gradient is one (weights, shared keys), is at most this much longer.
-            # Inputs are of size 1: where all cancels (a token that attends to itself alone), what is left is rounding of such terms.
+            # Inputs are of size 1: where all cancels (a token that attends to itself alone), what is left is rounding of those.
             assert_close(got, expected, tolerance(dtype, roundings, 2 * length), what, floor=1.0)
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from megatronish.assemble import assemble, mesh_shape
-from megatronish.batch import Batch
 from megatronish.config import Config, ModelConfig
 from megatronish.errors import UserError
 from megatronish.interop.llama import from_hugging_face, hugging_face_config, name_map, to_hugging_face
 from megatronish.models.llama import Llama
 from megatronish.optim.lr_schedule import learning_rate
 from megatronish.parallel.mesh import build_mesh
+from tests.batches import LearnableBatches, learnable_batch
 from tests.ranks import ranks
 
 transformers = pytest.importorskip("transformers")
@@ -163,17 +163,6 @@ def training(tp: int, pp: int, dp: int) -> Config:
     )
 
 
-def training_batch(config: Config, step: int) -> Batch:
-    """Zipf-like tokens in which each depends on the one before, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(step)
-    S, B, V = config.data.sequence_length, config.train.global_batch_size, config.model.vocab_size
-    tokens = (torch.rand(S + 1, B, generator=generator) ** 3 * V).long()
-    for t in range(1, S + 1):
-        tokens[t] = torch.where(torch.rand(B, generator=generator) < 0.7, (tokens[t - 1] * 7 + 3) % V, tokens[t])
-    positions = torch.arange(S)[:, None].expand(S, B).contiguous()
-    return Batch(tokens[:-1].contiguous(), tokens[1:].contiguous(), torch.ones(S, B), positions, torch.arange(B))
-
-
 @cache
 def their_training() -> tuple[dict[str, Tensor], list[float], list[float]]:
     """(first weights, losses, norms) of Hugging Face's model under torch.optim.AdamW."""
@@ -190,7 +179,7 @@ def their_training() -> tuple[dict[str, Tensor], list[float], list[float]]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: learning_rate(c, done + 1, NUM_STEPS) / c.lr)
     losses, norms = [], []
     for step in range(1, NUM_STEPS + 1):
-        batch = training_batch(config, step)
+        batch = learnable_batch(config, step)
         logits = model(batch.tokens_SB.t()).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_SB.t().flatten())
         optimizer.zero_grad()
@@ -202,21 +191,11 @@ def their_training() -> tuple[dict[str, Tensor], list[float], list[float]]:
     return first, losses, norms
 
 
-class Share:
-    """A data rank's samples."""
-
-    def __init__(self, config: Config, rank: int, size: int) -> None:
-        self.config, self.rank, self.size = config, rank, size
-
-    def batch(self, step: int) -> Batch:
-        return training_batch(self.config, step).microbatches(self.config.train.global_batch_size // self.size)[self.rank]
-
-
 def train_rank(rank: int, config: Config, theirs: dict[str, Tensor]) -> tuple[list[float], list[float]]:
     """(losses, norms) of our trainer from their first weights."""
     world_size = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
     mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
-    run = assemble(config, mesh, Share(config, mesh.index("dp"), mesh.size("dp")))
+    run = assemble(config, mesh, LearnableBatches(config, mesh.index("dp"), mesh.size("dp")))
     whole = from_hugging_face(config.model, theirs)
     with torch.no_grad():
         for bucket in run.cut.buckets:

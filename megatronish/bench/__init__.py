@@ -1,0 +1,1 @@
+"""Measurements, each against its reference and its limit."""

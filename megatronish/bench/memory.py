@@ -1,0 +1,105 @@
+"""Bytes of optimizer state on each rank, counted on the tensors that the trainer allocates: `python -m megatronish.bench.memory CONFIG`.
+
+No process is started: a rank's memory is a function of its coordinates, so one process builds rank after rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatronish.assemble import cut_model, main_dtype
+from megatronish.comm import Group
+from megatronish.config import Config
+from megatronish.config_loader import load_config
+from megatronish.formulas import num_parameters
+from megatronish.optim.grad_buffer import GradBuffer
+from megatronish.optim.zero import ZeroAdamW
+from megatronish.parallel.mesh import AXES, Mesh, MeshShape
+
+
+def lone_mesh(shape: MeshShape, rank: int) -> Mesh:
+    """The place of `rank`, with groups that cannot communicate: enough to build what the rank holds."""
+    here = shape.coordinates(rank)
+    groups = {axis: Group(axis, shape.ranks_along(axis, rank), here[axis]) for axis in AXES}
+    groups["world"] = Group("world", tuple(range(shape.num_ranks)), rank)
+    return Mesh(shape, rank, groups, torch.device("cpu"), "cpu")
+
+
+def with_layout(config: Config, *, dp_size: int, zero_stage: int) -> Config:
+    """The config on other data ranks."""
+    parallel = config.parallel.model_copy(update={"data": dp_size, "zero_stage": zero_stage})
+    return config.model_copy(update={"parallel": parallel})
+
+
+def state_bytes_of_rank(config: Config, shape: MeshShape, rank: int) -> int:
+    """Bytes of moments (and master weights, where they are a copy) on one rank."""
+    mesh = lone_mesh(shape, rank)
+    cut = cut_model(config, mesh)
+    zero_stage, dtype = config.parallel.zero_stage, main_dtype(config)
+    grads = GradBuffer(
+        cut.buckets, cut.parameters.by_name, groups=mesh.groups, zero_stage=zero_stage, dtype=dtype, device=mesh.device
+    )
+    return ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=zero_stage).state_bytes()
+
+
+def optimizer_state_table(config: Config, dp_sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each ZeRO stage and number of data ranks: the bytes of every rank measured, and what the arithmetic says.
+
+    Keys: zero_stage, dp, num_ranks, max_bytes, min_bytes, mean_bytes, total_bytes, ideal_bytes. `ideal_bytes` is the mean a
+    rank without padding and without the tp copies of norms: state of one parameter x parameters / (tp x pp), under ZeRO 1 / dp."""
+    parallel = config.parallel
+    wide = torch.empty((), dtype=main_dtype(config)).element_size()
+    copies = 3 if config.train.dtype == "bfloat16" else 2
+    rows = []
+    for zero_stage in (0, 1):
+        for dp_size in dp_sizes:
+            run = with_layout(config, dp_size=dp_size, zero_stage=zero_stage)
+            shape = MeshShape(pp=parallel.pipeline, dp=dp_size, tp=parallel.tensor)
+            measured = [state_bytes_of_rank(run, shape, rank) for rank in range(shape.num_ranks)]
+            shares = parallel.tensor * parallel.pipeline * (dp_size if zero_stage == 1 else 1)
+            rows.append(
+                {
+                    "zero_stage": zero_stage,
+                    "dp": dp_size,
+                    "num_ranks": len(measured),
+                    "max_bytes": max(measured),
+                    "min_bytes": min(measured),
+                    "mean_bytes": sum(measured) / len(measured),
+                    "total_bytes": sum(measured),
+                    "ideal_bytes": copies * wide * num_parameters(config.model) / shares,
+                }
+            )
+    return rows
+
+
+def render(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows for people; every size in MiB."""
+    table = Table("ZeRO", "data ranks", "ranks", title="optimizer state a rank, MiB", title_justify="left")
+    for name in ("largest", "smallest", "mean", "without padding", "against dp 1"):
+        table.add_column(name, justify="right")
+    first = {row["zero_stage"]: row["mean_bytes"] for row in reversed(rows)}
+    for row in rows:
+        sizes = [f"{row[key] / 2**20:.2f}" for key in ("max_bytes", "min_bytes", "mean_bytes", "ideal_bytes")]
+        share = f"{row['mean_bytes'] / first[row['zero_stage']]:.3f}"
+        table.add_row(str(row["zero_stage"]), str(row["dp"]), str(row["num_ranks"]), *sizes, share)
+    return table
+
+
+def main() -> None:
+    """Print the table of a config."""
+    parser = argparse.ArgumentParser(prog="python -m megatronish.bench.memory", description=__doc__)
+    parser.add_argument("config", help="a config file, such as configs/demo_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", help="a.b=c")
+    parser.add_argument("--dp", type=int, nargs="+", default=[1, 2, 4], help="numbers of data ranks (default: 1 2 4)")
+    arguments = parser.parse_args()
+    Console(width=120).print(render(optimizer_state_table(load_config(arguments.config, arguments.overrides), arguments.dp)))
+
+
+if __name__ == "__main__":
+    main()
