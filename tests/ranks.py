@@ -6,6 +6,7 @@ group for each call. A rank that raises fails the test with its own traceback; t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatronish.comm.recording import Recorder, register_recording_backend
 
 MAX_RANKS = 8
 _context = multiprocessing.get_context("forkserver")
@@ -57,13 +60,15 @@ class Ranks:
         assert 1 <= count <= MAX_RANKS
         self.count = count
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, backend: str = "gloo", **kwargs: Any) -> list[Any]:
-        """Call `function(rank, *args, **kwargs)`, a module-level function, on every rank; results in the order of ranks."""
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, recorded: bool = False, **kwargs: Any) -> list[Any]:
+        """Call `function(rank, *args, **kwargs)`, a module-level function, on every rank; results in the order of ranks.
+
+        recorded: gloo groups are wrapped by the recorder, and the function gets a `recorder` as well."""
         _pool.grow(self.count)
         workers = _pool.workers[: self.count]
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, connection) in enumerate(workers):
-                connection.send((function, rank, self.count, os.path.join(folder, "store"), backend, args, kwargs))
+                connection.send((function, rank, self.count, os.path.join(folder, "store"), recorded, args, kwargs))
             results = self._collect({connection: rank for rank, (_, connection) in enumerate(workers)}, timeout)
         return [results[rank] for rank in range(self.count)]
 
@@ -93,10 +98,14 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            function, rank, world_size, store_file, backend, args, kwargs = connection.recv()
+            function, rank, world_size, store_file, recorded, args, kwargs = connection.recv()
         except EOFError:
             return
         try:
+            backend = "gloo"
+            if recorded:
+                kwargs["recorder"] = Recorder()
+                backend = register_recording_backend(kwargs["recorder"], wrap_gloo=True)
             if world_size > 1:
                 dist.init_process_group(backend, store=dist.FileStore(store_file, world_size), rank=rank, world_size=world_size)
             result = (True, function(rank, *args, **kwargs))
@@ -105,6 +114,10 @@ def _serve(connection: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+        # A group that a cycle of hooks keeps alive keeps its threads too, and gloo's spin once their peers are gone: 800 busy
+        # threads after fifty cases.
+        kwargs = args = function = None
+        gc.collect()
         connection.send(result)
 
 

@@ -76,6 +76,18 @@ class RecordingProcessGroup(dist.ProcessGroup):
         work: dist.Work = getattr(self.inner, method)(*arguments)
         return work
 
+    def _all_gather(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:
+        self._record("all_gather", x)
+        return self._pass_on("_allgather_base", out, x, options)
+
+    def _reduce_scatter(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:
+        self._record("reduce_scatter", x, reduce_op=_op_name(options.reduceOp))
+        return self._pass_on("_reduce_scatter_base", out, x, options)
+
+    # torch.distributed calls the second name of each before 2.13; gloo's own groups have only that.
+    all_gather_single = _allgather_base = _all_gather
+    reduce_scatter_single = _reduce_scatter_base = _reduce_scatter
+
     def _record(self, operation: str, x: Tensor | None = None, **more: Any) -> None:
         size = {} if x is None else {"num_elements": x.numel(), "dtype": str(x.dtype).removeprefix("torch.")}
         self.recorder.calls.append(Call(operation, self._description, self.ranks, **size, **more))
@@ -83,22 +95,6 @@ class RecordingProcessGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
         self._record("all_reduce", tensors[0], reduce_op=_op_name(options.reduceOp))
         return self._pass_on("allreduce", tensors, options)
-
-    def all_gather_single(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:
-        self._record("all_gather", x)
-        return self._pass_on("all_gather_single", out, x, options)
-
-    def _allgather_base(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:  # its name before torch 2.13
-        self._record("all_gather", x)
-        return self._pass_on("_allgather_base", out, x, options)
-
-    def reduce_scatter_single(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:
-        self._record("reduce_scatter", x, reduce_op=_op_name(options.reduceOp))
-        return self._pass_on("reduce_scatter_single", out, x, options)
-
-    def _reduce_scatter_base(self, out: Tensor, x: Tensor, options: Any = None) -> dist.Work:  # its name before torch 2.13
-        self._record("reduce_scatter", x, reduce_op=_op_name(options.reduceOp))
-        return self._pass_on("_reduce_scatter_base", out, x, options)
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
         self._record("send", tensors[0], peer=self.ranks[peer], tag=tag)
@@ -132,7 +128,8 @@ class RecordingProcessGroup(dist.ProcessGroup):
 
 
 def _op_name(op: Any) -> str:
-    return str(op).rsplit(".", 1)[-1].removesuffix(">").lower() if op is not None else ""
+    kind = getattr(op, "op", op)  # options hold a ReduceOp around the plain RedOpType
+    return str(kind).rsplit(".", 1)[-1].removesuffix(">").lower()
 
 
 def register_recording_backend(recorder: Recorder, *, wrap_gloo: bool) -> str:

@@ -5,6 +5,7 @@ The order of reductions is the order of buckets, the same on every rank, whateve
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Literal
 
@@ -48,8 +49,11 @@ class GradBuffer:
         self._next = 0
         self._pending: list[Pending] = []
         # An embedding or a linear hands its gradient over itself; what autograd accumulates for all others is moved here.
+        # A parameter keeps its hooks where the garbage collector does not look: a strong reference from there would never be freed,
+        # nor the groups' communicators with their threads.
+        buffer = weakref.proxy(self)
         for parameter in self._view_of:
-            parameter.register_post_accumulate_grad_hook(self._take_autograd_gradient)
+            parameter.register_post_accumulate_grad_hook(lambda p: buffer.take_autograd_gradient(p))
 
     def view(self, parameter: nn.Parameter) -> Tensor:
         """The parameter's accumulated gradient, in the parameter's shape and the bucket's dtype."""
@@ -96,7 +100,8 @@ class GradBuffer:
             return start_all_reduce(flat, dp)
         return start_reduce_scatter_into(self.owned(index), flat, dp)
 
-    def _take_autograd_gradient(self, parameter: Tensor) -> None:
+    def take_autograd_gradient(self, parameter: Tensor) -> None:
+        """Move what autograd accumulated in `parameter.grad` into the bucket."""
         assert isinstance(parameter, nn.Parameter)
         if parameter.grad is None:  # its module handed the gradient over itself
             return

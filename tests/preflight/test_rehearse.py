@@ -1,0 +1,86 @@
+"""A rehearsal runs the trainer's own code: every shipped config at its full size, and the same calls as a real run."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatronish.assemble import mesh_shape
+from megatronish.comm.recording import Call, Recorder
+from megatronish.config import Config
+from megatronish.config_loader import load_config
+from megatronish.parallel.mesh import build_mesh
+from megatronish.preflight.rehearse import rehearse, run_through, with_microbatches
+from tests.parallel.parity import Case
+from tests.ranks import ranks
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def world_size_of(config: Config) -> int:
+    """The number of ranks that a shipped config is made for."""
+    assert config.parallel.data is not None
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+
+
+def corner_ranks(config: Config) -> list[int]:
+    """First, middle and last stage, each with the first tp and data rank and with the last of both."""
+    shape = mesh_shape(config, world_size_of(config))
+    stages = sorted({0, shape.pp // 2, shape.pp - 1})
+    corners = [{"dp": 0, "tp": 0}, {"dp": shape.dp - 1, "tp": shape.tp - 1}]
+    return sorted({shape.rank_of({"pp": stage, **corner}) for stage in stages for corner in corners})
+
+
+def rehearse_config(path: Path, rank: int) -> list[Call]:
+    config = load_config(path)
+    world_size = world_size_of(config)
+    return rehearse(with_microbatches(config, world_size, 2 * config.parallel.pipeline), rank=rank, world_size=world_size)
+
+
+@pytest.mark.slow
+def test_every_shipped_config_builds_and_steps_at_full_size() -> None:
+    jobs = [(path, rank) for path in CONFIGS for rank in corner_ranks(load_config(path))]
+    assert len(jobs) > len(CONFIGS)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("forkserver")) as pool:
+        results = list(pool.map(rehearse_config, *zip(*jobs, strict=True)))
+    for (path, rank), calls in zip(jobs, results, strict=True):
+        config = load_config(path)
+        stage = mesh_shape(config, world_size_of(config)).coordinates(rank)["pp"]
+        last = config.parallel.pipeline - 1
+        m = 2 * config.parallel.pipeline
+        # Each microbatch crosses each edge once forwards and once backwards, and once more forwards in the evaluation.
+        received = sum(c.operation == "receive" for c in calls)
+        assert received == (2 * m if stage > 0 else 0) + (m if stage < last else 0), f"{path.name} rank {rank}"
+        assert any(c.axis == "dp" for c in calls), f"{path.name} rank {rank} reduces no gradient"
+
+
+def record_real_run(rank: int, config: Config, world_size: int, recorder: Recorder) -> list[Call]:
+    mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
+    run_through(config, mesh, num_steps=2, device_copy=lambda x: x)
+    return recorder.calls
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tp=2, pp=2, dp=2, sequence=True, dtype="float32"),
+        Case(tp=1, pp=4, dp=2, zero_stage=0, recompute="full", dtype="float32"),
+        Case(tp=4, pp=2, sequence=True, recompute="full", dtype="bfloat16"),
+        Case(tp=2, dp=3, dtype="float32"),
+    ],
+    ids=str,
+)
+def test_recorded_calls_equal_those_of_a_real_run(case: Case) -> None:
+    config = case.config()
+    real = ranks(case.world_size).run(record_real_run, config, case.world_size, recorded=True)
+    for rank in range(case.world_size):
+        rehearsed = rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu", num_steps=2)
+        assert len(real[rank]) > 50
+        for number, (expected, got) in enumerate(zip(real[rank], rehearsed, strict=False)):
+            assert got == expected, f"rank {rank}, call {number}: real {expected}, rehearsed {got}"
+        assert len(rehearsed) == len(real[rank]), f"rank {rank}"
