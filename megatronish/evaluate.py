@@ -142,13 +142,7 @@ def prepare(request: Request, world_size: int) -> tuple[Config, GPTDataset, Text
 def evaluation_config(config_file: Path, overrides: tuple[str, ...], world_size: int) -> Config:
     """The run's config on this job's ranks: all of them replicas, unless `overrides` say otherwise."""
     given = {key.strip(): value.strip() for key, _, value in (override.partition("=") for override in overrides)}
-    merged = [
-        "parallel.tensor=1",
-        "parallel.pipeline=1",
-        "parallel.data=null",
-        "parallel.sequence=false",
-        "parallel.recompute=none",
-    ]
+    merged = [f"parallel.{setting}" for setting in ("tensor=1", "pipeline=1", "data=null", "sequence=false", "recompute=none")]
     if "train.global_batch_size" not in given:
         micro = given.get("train.micro_batch_size", "")
         samples = int(micro) if micro.isdigit() else load_config(config_file).train.micro_batch_size
@@ -198,7 +192,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """(sum of token losses in nats, number of target tokens) of a model over every sample of `dataset`.
 
-    `load` fills the weights of this rank's part. No gradients, no optimizer. Collective over the job; the host waits once, at the end."""
+    `load` fills the weights of this rank's part. No gradients, no optimizer. Collective over the job; the host waits once."""
     cut = cut_model(config, mesh)
     load(cut)
     cut.model.eval()
@@ -247,10 +241,8 @@ def report(result: Evaluation, json_file: Path | None) -> None:
 
 def _rows(result: Evaluation) -> Iterator[tuple[str, str]]:
     yield "perplexity", f"{result.perplexity:.4f}"
-    yield (
-        "bits per byte",
-        "not known: the run has no data.tokenizer" if result.bits_per_byte is None else f"{result.bits_per_byte:.5f}",
-    )
+    unknown = "not known: the run has no data.tokenizer"
+    yield "bits per byte", unknown if result.bits_per_byte is None else f"{result.bits_per_byte:.5f}"
     yield "nats per token", f"{result.nats_per_token:.5f}"
     yield "bits per token", f"{result.bits_per_token:.5f}"
     yield "target tokens", f"{result.tokens:,}"

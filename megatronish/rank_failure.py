@@ -71,7 +71,7 @@ class RankGuard:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None or not isinstance(error, Exception):
             return
-        self._write_log(_full_text(error))
+        self._write_log(lost_peer(error) or _full_text(error))
         if self.place.world_size > 1:
             raise SystemExit(self._report(error)) from error
 

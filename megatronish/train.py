@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -66,7 +65,7 @@ def open_datasets(config: Config) -> Datasets:
 
 
 def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
-    """Train, in this process or in `nproc` new ones; the exit code. UserError for bad input, before anything is started or written."""
+    """Train, in this process or in `nproc` new ones; the exit code. UserError for bad input, before anything is started."""
     place = find_place()
     if must_launch(place, nproc):
         config = load_config(config_path, overrides, world_size=nproc)

@@ -117,12 +117,17 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
+def wait_until(condition: Callable[[], bool], *, seconds: float, what: str, often: float = 0.02) -> None:
     """Poll; AssertionError naming `what` when it does not come."""
     stop = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < stop, f"{what} did not happen within {seconds:g} s"
-        time.sleep(0.02)
+        time.sleep(often)
+
+
+def wait_until_ended(pids: Sequence[int], *, seconds: float) -> None:
+    """Poll until none of the processes runs any more."""
+    wait_until(lambda: not any(map(is_alive, pids)), seconds=seconds, what=f"the end of processes {list(pids)}")
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -154,7 +154,7 @@ def _wait_for_server(place: Place, timeout_seconds: float) -> None:
 
 
 def shared_store(place: Place, *, timeout: datetime.timedelta) -> dist.Store | None:
-    """A new connection to the job's store, for words between ranks when collectives do not work any more; None if nobody serves it."""
+    """A new connection to the job's store, for words between ranks when collectives no longer work; None if nobody serves it."""
     if place.master is None:
         return None
     try:
