@@ -1,6 +1,7 @@
-"""Bytes of optimizer state on each rank, counted on the tensors that the trainer allocates: `python -m megatronish.bench.memory CONFIG`.
+"""Bytes of optimizer state on each rank, counted on the tensors that the trainer allocates.
 
-No process is started: a rank's memory is a function of its coordinates, so one process builds rank after rank.
+`python -m megatronish.bench.memory CONFIG` prints a table. No process is started: a rank's memory is a function of its
+coordinates, so one process builds rank after rank.
 """
 
 from __future__ import annotations

@@ -80,6 +80,6 @@ def test_fifty_steps_in_float32_stay_with_one_process(layout: tuple[str, ...], s
 @pytest.mark.parametrize("name", ["as it is: tp2 pp2 dp2 sequence zero1", "tp2 dp2 zero1"])
 def test_thirty_steps_in_bfloat16_stay_with_one_process(name: str) -> None:
     expected = losses_of(ONE_PROCESS, "bfloat16", 64, 30)
-    # Activations are rounded to 8 bits (4e-3) where they are summed over tp, in another order: a few such roundings a layer, of which a
-    # loss averages a thousand tokens; master weights and accumulated gradients are float32.
+    # Activations are rounded to 8 bits (4e-3) where they are summed over tp, in another order: a few such roundings a layer, of
+    # which a loss averages a thousand tokens; master weights and accumulated gradients are float32.
     assert losses_of(LAYOUTS[name], "bfloat16", 64, 30) == pytest.approx(expected, rel=1e-2)
