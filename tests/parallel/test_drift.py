@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megatronish.assemble import assemble, draw_weights, mesh_shape
-from megatronish.comm.streams import set_numerics
 from megatronish.config import Config
 from megatronish.config_loader import load_config
 from megatronish.parallel.mesh import build_mesh
@@ -36,14 +35,11 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 
 def train_rank(rank: int, config: Config, world_size: int, num_steps: int) -> list[float]:
     """The losses of a run from its first weights on."""
-    set_numerics(cpu_threads=2 if world_size == 1 else 1, deterministic=False)
     mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
     run = assemble(config, mesh, LearnableBatches(config, mesh.index("dp"), mesh.size("dp")))
     draw_weights(config, run.cut)
     run.optimizer.reset_master()
-    losses = [result.loss.item() for result in run.trainer.fit(1, num_steps)]
-    set_numerics(cpu_threads=1, deterministic=False)
-    return losses
+    return [result.loss.item() for result in run.trainer.fit(1, num_steps)]
 
 
 @cache
@@ -70,7 +66,7 @@ def losses_of(layout: tuple[str, ...], dtype: str, sequence_length: int, num_ste
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_fifty_steps_in_float32_stay_with_one_process(layout: tuple[str, ...], sequence_length: int) -> None:
     expected = losses_of(ONE_PROCESS, "float32", sequence_length, NUM_STEPS)
-    assert expected[-1] < 0.9 * expected[0]  # it learns, so that a drift would show
+    assert expected[-1] < expected[0] - 0.5  # it learns, so that a drift would show
     # Rounding of 6e-8 in another order of sums, fed back through Adam, which divides small gradients by their own size.
     assert losses_of(layout, "float32", sequence_length, NUM_STEPS) == pytest.approx(expected, rel=1e-4)
 
