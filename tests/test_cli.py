@@ -44,7 +44,12 @@ def test_every_verb_is_listed_in_help() -> None:
     [
         ("megatronish.train", ["train", "c.yaml", "a.b=1", "--nproc", "8", "c.d=-2"], ["c.yaml", ["a.b=1", "c.d=-2"], 8]),
         ("megatronish.train", ["train", "c.yaml"], ["c.yaml", [], None]),
-        ("megatronish.evaluate", ["eval", "runs/x", "--data", "p", "--nproc", "2"], ["runs/x", "p", 2]),
+        ("megatronish.evaluate", ["eval", "runs/x", "--data", "p", "--nproc", "2"], ["runs/x", "p", 2, [], None, None]),
+        (
+            "megatronish.evaluate",
+            ["eval", "runs/x", "a.b=1", "--data", "p", "--batches", "3", "--json", "f"],
+            ["runs/x", "p", None, ["a.b=1"], 3, "f"],
+        ),
     ],
 )
 def test_a_verb_passes_its_arguments_on(module: str, arguments: list[str], expected: list[object]) -> None:
