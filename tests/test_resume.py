@@ -75,7 +75,7 @@ def test_twenty_steps_equal_ten_and_sigkill_and_ten(layout: tuple[str, ...], tmp
     assert_same_bits(saved_tensors(killed, 20), saved_tensors(straight, 20))
 
 
-# Sums in another order round otherwise. Measured over these 20 steps: 3e-16 in float64. In float32 3.7e-6, not 2e-7: AdamW divides by
+# Measured over these 20 steps: 3e-16 in float64. In float32 3.7e-6, not 2e-7: AdamW divides by
 # a root + 1e-8, and in an element whose gradient cancels, what rounding leaves (1e-9) is not small beside that.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_another_layout_continues_the_same_curve(dtype: str, tolerance: float, tmp_path: Path) -> None:
