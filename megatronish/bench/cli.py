@@ -1,0 +1,67 @@
+"""`megatronish bench ...`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Measure parts against their reference and their limit.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+@app.callback()
+def _root() -> None:
+    """Keeps `step` a verb of its own while it is the only one."""
+
+
+@app.command()
+def step(
+    config: Annotated[Path, typer.Argument(help="The shape and layout; its data is not read.")] = Path("configs/demo_cpu.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as parallel.tensor=4")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Local CPU processes of the layout.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 7,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each variant in a round.")] = 2,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the peer; default: all cores.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+) -> None:
+    """Tokens/s of a layout on local CPU processes against the Hugging Face Llama in one process, in one interleaved run.
+
+    Example: megatronish bench step configs/demo_cpu.yaml parallel.tensor=4 parallel.data=1 --nproc 8
+    """
+    from rich.progress import Progress
+
+    from megatronish.observe.flops import num_cores
+
+    step_bench: Any = importlib.import_module("megatronish.bench.step")
+    loader = importlib.import_module("megatronish.config_loader")
+    loaded = loader.load_config(config, overrides or [], world_size=nproc)
+    bench = step_bench.StepBench(loaded, nproc, rounds, steps, threads or num_cores())
+    with Progress(transient=True) as progress:
+        task = progress.add_task("rounds", total=rounds)
+        result = step_bench.measure(bench, lambda number: progress.update(task, completed=number + 1))
+    _print_step(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _print_step(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result['dtype']}, {result['tokens_per_step']} tokens a step, {result['device']}, {result['date']}"
+    table = Table("variant", "tokens/s", "CPU s a step", title=title)
+    for name, rate in result["tokens_per_second"].items():
+        label = f"{name}, {result['layout']}" if name == "megatronish" else f"{name}, {result['peer_threads']} threads"
+        table.add_row(label, f"{rate:,.0f}", f"{result['cpu_seconds_per_step'][name]:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"ratio {result['ratio']:.3f} (median of {result['rounds']} interleaved rounds)")
+    console.print("a step: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result["phase_seconds"].items()))

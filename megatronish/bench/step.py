@@ -1,0 +1,225 @@
+"""Tokens a second of a training step: a parallel layout on local CPU processes against plain PyTorch in one process, interleaved.
+
+The peer is the Hugging Face Llama of the same shape with torch's fused AdamW and gradient clipping, on as many threads as the machine has
+cores. All processes are started first and stay; in each round one variant runs while the others wait, so that noise hits both alike.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from megatronish import __version__
+from megatronish.assemble import DTYPES, assemble, draw_weights, mesh_shape
+from megatronish.comm import streams
+from megatronish.config import Config
+from megatronish.data.gpt_dataset import SyntheticDataset
+from megatronish.data.loader import BatchLoader
+from megatronish.interop.llama import hugging_face_config
+from megatronish.parallel.mesh import build_mesh
+from megatronish.parallel.rendezvous import Place, connect, disconnect
+
+_PATIENCE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What is measured."""
+
+    config: Config
+    num_ranks: int
+    rounds: int
+    steps: int
+    """Steps a round, for each variant."""
+    peer_threads: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.train.global_batch_size * self.config.data.sequence_length
+
+
+def make_loader(config: Config, data_rank: int, data_size: int) -> BatchLoader:
+    """Synthetic samples."""
+    S, V = config.data.sequence_length, config.model.vocab_size
+    dataset = SyntheticDataset(vocab_size=V, sequence_length=S, length=1 << 20)
+    size = config.train.global_batch_size
+    return BatchLoader(
+        dataset, seed=config.train.seed, data_rank=data_rank, data_size=data_size, global_batch_size=size, first_step=1
+    )
+
+
+def _serve_rank(commands: Connection, config: Config, rank: int, num_ranks: int, port: int) -> None:
+    """One rank of our layout: builds the trainer, then runs as many steps as it is told and answers with seconds by phase."""
+    streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=False)
+    device = connect(Place("bench", rank, rank, num_ranks, num_ranks, master=("127.0.0.1", port)))
+    mesh = build_mesh(mesh_shape(config, num_ranks), rank, device=device)
+    loader = make_loader(config, mesh.index("dp"), mesh.size("dp"))
+    run = assemble(config, mesh, loader)
+    draw_weights(config, run.cut)
+    run.optimizer.reset_master()
+    step = 1
+    commands.send(None)
+    while (count := commands.recv()) > 0:
+        phases: dict[str, float] = {}
+        started, cpu = time.perf_counter(), time.process_time()
+        for _ in run.trainer.fit(step, step + count - 1):
+            for phase, seconds in run.trainer.clock.read().items():
+                phases[phase] = phases.get(phase, 0.0) + seconds / count
+        run.optimizer.ensure_parameters()
+        commands.send((time.perf_counter() - started, time.process_time() - cpu, phases))
+        step += count
+    loader.close()
+    disconnect()
+
+
+def _serve_peer(commands: Connection, config: Config, threads: int) -> None:
+    """Plain PyTorch: the same model, batch and microbatches, in one process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(threads)
+    settings = hugging_face_config(config.model, config.data.sequence_length)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(DTYPES[config.train.dtype])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True)
+    loader = make_loader(config, 0, 1)
+    step = 1
+    commands.send(None)
+    while (count := commands.recv()) > 0:
+        started, cpu = time.perf_counter(), time.process_time()
+        for _ in range(count):
+            microbatches = loader.batch(step).microbatches(config.train.micro_batch_size)
+            for batch in microbatches:
+                tokens, labels = batch.tokens_SB.t(), batch.labels_SB.t()
+                logits = model(input_ids=tokens, use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+                (loss / len(microbatches)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        commands.send((time.perf_counter() - started, time.process_time() - cpu, {}))
+    loader.close()
+
+
+class _Variant:
+    """Processes that run steps when told."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.processes: list[Any] = []
+        self.connections: list[Connection] = []
+        self.rates: list[float] = []
+        self.cpu_seconds: list[float] = []
+        """Of all processes together, a step."""
+        self.phases: list[dict[str, float]] = []
+
+    def start(self, target: Any, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+        process.start()
+        theirs.close()
+        self.processes.append(process)
+        self.connections.append(ours)
+
+    def answers(self) -> list[Any]:
+        """One answer of every process."""
+        result = []
+        for connection in self.connections:
+            if not connection.poll(_PATIENCE_SECONDS):
+                raise RuntimeError(f"{self.name}: a process gave no answer within {_PATIENCE_SECONDS:.0f} s")
+            try:
+                result.append(connection.recv())
+            except EOFError as error:
+                raise RuntimeError(f"{self.name}: a process died; its error is above") from error
+        return result
+
+    def run(self, steps: int) -> list[Any]:
+        for connection in self.connections:
+            connection.send(steps)
+        return self.answers()
+
+    def stop(self) -> None:
+        for connection in self.connections:
+            try:
+                connection.send(0)
+            except OSError:
+                continue
+        for process in self.processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def measure(bench: StepBench, on_round: Any = lambda number: None) -> dict[str, Any]:
+    """Run the bench on CPU; rates are medians over rounds, the ratio the median of each round's ratio."""
+    config, port = bench.config, _free_port()
+    ours, peer = _Variant("megatronish"), _Variant("Hugging Face Llama, one process")
+    try:
+        for rank in range(bench.num_ranks):
+            ours.start(_serve_rank, config, rank, bench.num_ranks, port)
+        peer.start(_serve_peer, config, bench.peer_threads)
+        for variant in (ours, peer):
+            variant.answers()
+            variant.run(1)  # warm-up
+        for number in range(bench.rounds):
+            for variant in (ours, peer):
+                answers = variant.run(bench.steps)
+                variant.rates.append(bench.steps * bench.tokens_per_step / max(seconds for seconds, _, _ in answers))
+                variant.cpu_seconds.append(sum(cpu for _, cpu, _ in answers) / bench.steps)
+                variant.phases += [phases for _, _, phases in answers]
+            on_round(number)
+    finally:
+        ours.stop()
+        peer.stop()
+    return _summary(bench, ours, peer)
+
+
+def _summary(bench: StepBench, ours: _Variant, peer: _Variant) -> dict[str, Any]:
+    parallel = bench.config.parallel
+    phases = sorted({phase for row in ours.phases for phase in row})
+    return {
+        "bench": "step",
+        "layout": f"tp{parallel.tensor} pp{parallel.pipeline} dp{bench.config.data_parallel_size(bench.num_ranks)}"
+        + (" sequence parallel" if parallel.sequence else "")
+        + f" ZeRO {parallel.zero_stage}",
+        "num_ranks": bench.num_ranks,
+        "dtype": bench.config.train.dtype,
+        "tokens_per_step": bench.tokens_per_step,
+        "rounds": bench.rounds,
+        "steps_per_round": bench.steps,
+        "tokens_per_second": {v.name: statistics.median(v.rates) for v in (ours, peer)},
+        "all_tokens_per_second": {v.name: v.rates for v in (ours, peer)},
+        "cpu_seconds_per_step": {v.name: statistics.median(v.cpu_seconds) for v in (ours, peer)},
+        "ratio": statistics.median(a / b for a, b in zip(ours.rates, peer.rates, strict=True)),
+        "phase_seconds": {phase: statistics.median(row[phase] for row in ours.phases) for phase in phases},
+        "peer_threads": bench.peer_threads,
+        "versions": {"megatronish": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "device": processor_name(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def processor_name() -> str:
+    """The processor and its cores, as Linux names them."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
