@@ -12,11 +12,24 @@ def owned_square_sum(grads: GradBuffer) -> Tensor:
     """The sum of squares of what this rank counts: its data slice of every bucket, replicated buckets on tp rank 0 only.
 
     A scalar in the buckets' dtype; the sum of it over the world is the squared norm. Does not wait for the device."""
-    total = torch.zeros((), dtype=grads.flat[0].dtype, device=grads.flat[0].device)
+    total = torch.zeros((), dtype=torch.float64, device=grads.flat[0].device)
     for index, bucket in enumerate(grads.buckets):
         if not bucket.replicated or grads.groups["tp"].index == 0:
-            total += torch.linalg.vector_norm(grads.owned(index)).square()
-    return total
+            total += square_sum(grads.owned(index))
+    return total.to(grads.flat[0].dtype)
+
+
+ROW = 1024
+
+
+def square_sum(flat: Tensor) -> Tensor:
+    """The sum of squares of a flat tensor: a float64 scalar, good to the last bits of `flat`'s dtype at any length.
+
+    torch's vector_norm on CPU adds float32 squares one after the other: off by 5e-4 on 12.6 M elements, so that another layout, with
+    slices of another length, clips by another factor. Rows of 1,024 first cost no more time and are off by 1e-9."""
+    whole = flat.numel() // ROW * ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1)
+    return rows.square().sum(dtype=torch.float64) + torch.linalg.vector_norm(flat[whole:]).square().double()
 
 
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
