@@ -1,6 +1,7 @@
 """Joins the packages into one rank's trainer: config + mesh -> model -> memory -> optimizer -> pipeline -> Trainer.
 
-`train.py`, `evaluate.py`, the tests and a rehearsal all build through these functions, so there is one trainer and no second model of it.
+`train.py`, `evaluate.py`, the tests and a rehearsal all build through these functions, so there is one trainer and no second
+model of it.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def buckets_of(config: Config, layout: ParamLayout, *, stage: int, tp_rank: int,
 
 
 def cut_model(config: Config, mesh: Mesh) -> CutModel:
-    """Build this rank's stage under global names, cut it by its architecture's plan, and give it flat memory (NaN until drawn or loaded)."""
+    """Build this rank's stage under global names, cut it by its plan, and give it flat memory (NaN until drawn or loaded)."""
     plan = MODELS[config.model.architecture].tensor_parallel_plan
     stages = plain_stages(config)
     sequence_parallel = config.parallel.sequence and mesh.size("tp") > 1
@@ -198,7 +199,7 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
 
 
 def _wait_before_use(model: nn.Module, optimizer: ZeroAdamW) -> None:
-    """Each block, and each module outside of blocks, waits for its own parameters: forward runs under the gathering of later ones."""
+    """Each block, and each module outside blocks, waits for its own parameters: forward runs under the gathering of later ones."""
     units = {name: module for name, module in model.named_children() if name != "layers"}
     units |= {f"layers.{name}": block for name, block in model.get_submodule("layers").named_children()}
     for unit_name, unit in units.items():

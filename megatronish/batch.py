@@ -12,8 +12,8 @@
 | V | rows of the vocabulary, padding included |
 | T | tokens, S x B flattened |
 
-Letters are logical sizes: under tensor parallelism a tensor named `_SBV` may hold V/tp columns. Axes of the mesh (`axis`: pp, dp, tp)
-are never called dimensions (`dim`).
+Letters are logical sizes: under tensor parallelism a tensor named `_SBV` may hold V/tp columns. Axes of the mesh (`axis`: pp, dp,
+tp) are never called dimensions (`dim`).
 """
 
 from __future__ import annotations

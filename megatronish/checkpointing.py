@@ -1,7 +1,7 @@
 """Joins the trainer and the checkpoint package: which pieces of which tensors a run saves and loads, and the numbers beside them.
 
-Saved are the optimizer's states `master`, `exp_avg` and `exp_avg_sq` of every parameter, as boxes of the global tensors; the parameters
-themselves are the master weights, rounded.
+Saved are the optimizer's states `master`, `exp_avg` and `exp_avg_sq` of every parameter, as boxes of the global tensors; the
+parameters themselves are the master weights, rounded.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def save(
 
 
 def load_newest(run: Assembly, root: Path, *, log: Callable[[str], None]) -> Mapping[str, Any] | None:
-    """Load the newest checkpoint that verifies into the optimizer and the parameters, whatever layout saved it; its numbers, or None.
+    """Load the newest checkpoint that verifies into optimizer and parameters, whatever layout saved it; its numbers, or None.
 
     Collective over the job. UserError if it does not fit the model, or none of several verifies."""
     checkpoint = newest_loadable(root, world=run.mesh.groups["world"], log=log, device=run.mesh.device)

@@ -1,7 +1,7 @@
 """Where each parameter lives: plan rules, rectangles, and the ParamLayout table. Data and arithmetic only; no rank acts here.
 
-A model states its plan as `{module name pattern: rule}`; `parallel/tensor.py` applies it and makes the ParamLayout once. Gradient sums,
-the gradient norm, ZeRO slices and checkpoints read that table, and nothing else decides these things.
+A model states its plan as `{module name pattern: rule}`; `parallel/tensor.py` applies it and makes the ParamLayout once. Gradient
+sums, the gradient norm, ZeRO slices and checkpoints read that table, and nothing else decides these things.
 """
 
 from __future__ import annotations
@@ -61,18 +61,14 @@ class Rectangle:
     def intersect(self, other: Rectangle) -> Rectangle | None:
         """The common box, or None."""
         starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
-        stops = tuple(
-            min(a + m, b + n) for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        )
+        stops = tuple(min(a + m, b + n) for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True))
         if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
             return None
         return Rectangle(starts, tuple(stop - start for start, stop in zip(starts, stops, strict=True)))
 
     def within(self, outer: Rectangle) -> tuple[slice, ...]:
         """Slices that pick this box out of a tensor that holds `outer`."""
-        return tuple(
-            slice(o - base, o - base + n) for o, n, base in zip(self.offsets, self.sizes, outer.offsets, strict=True)
-        )
+        return tuple(slice(o - base, o - base + n) for o, n, base in zip(self.offsets, self.sizes, outer.offsets, strict=True))
 
 
 def shard_range(size: int, index: int, count: int) -> tuple[int, int]:
@@ -85,8 +81,8 @@ def shard_range(size: int, index: int, count: int) -> tuple[int, int]:
 def rectangles_of_flat_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Rectangle, int]]:
     """Cut [start, stop) of a row-major tensor's elements into boxes: yields (box, flat offset of its first element), in order.
 
-    Each box is contiguous in memory. A tensor of k dimensions needs at most 2k - 1: a ragged head and tail in every dimension but the
-    last, and one body.
+    Each box is contiguous in memory. A tensor of k dimensions needs at most 2k - 1: a ragged head and tail in every dimension but
+    the last, and one body.
     """
     if start >= stop:
         return

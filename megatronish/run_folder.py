@@ -9,6 +9,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,9 @@ class RunFolder:
             old, new = _get(before, key), _get(config, key)
             if old == new:
                 continue
-            fields = {f"{key}.{name}": (value, new[name]) for name, value in old.items()} if isinstance(old, dict) else {key: (old, new)}
+            fields = (
+                {f"{key}.{name}": (value, new[name]) for name, value in old.items()} if isinstance(old, dict) else {key: (old, new)}
+            )
             problems += [
                 f"{name}={b}: {self.path} holds a run with {name}={a}; use that value, or another `name`"
                 for name, (a, b) in fields.items()
@@ -71,8 +74,8 @@ class RunFolder:
             raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; change run_root or name") from error
 
 
-def _get(config: Config, key: str) -> object:
-    value: object = config.model_dump()
+def _get(config: Config, key: str) -> Any:
+    value: Any = config.model_dump()
     for part in key.split("."):
         assert isinstance(value, dict)
         value = value[part]

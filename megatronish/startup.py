@@ -18,7 +18,7 @@ from megatronish.errors import UserError
 
 def config_facts(config: Config) -> dict[str, str]:
     """Every leaf of the config as `section.key` -> text."""
-    facts = {}
+    facts: dict[str, str] = {}
     for name, value in config.model_dump().items():
         if isinstance(value, dict):
             facts |= {f"{name}.{key}": repr(leaf) for key, leaf in value.items()}
@@ -29,7 +29,11 @@ def config_facts(config: Config) -> dict[str, str]:
 
 def version_facts() -> dict[str, str]:
     """Versions that decide what a rank computes."""
-    return {"version of python": platform.python_version(), "version of torch": torch.__version__, "version of megatronish": __version__}
+    return {
+        "version of python": platform.python_version(),
+        "version of torch": torch.__version__,
+        "version of megatronish": __version__,
+    }
 
 
 def require_agreement(facts: Mapping[str, str], *, world: Group, device: torch.device) -> None:
@@ -45,11 +49,13 @@ def require_agreement(facts: Mapping[str, str], *, world: Group, device: torch.d
     differing = [name for name, column in zip(facts, same.T, strict=True) if not read_scalar(column.all(), 1.0)]
     own = ", ".join(f"{name}={facts[name]}" for name in differing)
     some = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    raise UserError(f"ranks do not run the same: ranks {some} differ from rank 0 in {', '.join(differing)}; rank {world.index} has {own}")
+    raise UserError(
+        f"ranks do not run the same: ranks {some} differ from rank 0 in {', '.join(differing)}; rank {world.index} has {own}"
+    )
 
 
 def dry_batch(run: Assembly, step: int) -> float:
-    """Forward and backward of step `step`'s batch without an update; the loss. Raises if a weight, the loss or a gradient is not finite.
+    """Forward and backward of step `step`'s batch, no update; the loss. Raises if a weight, the loss or a gradient is not finite.
 
     Finds in the first seconds what would otherwise end the run at step 1. Collective over the job; waits for the device."""
     trainer = run.trainer

@@ -1,4 +1,4 @@
-"""The training loop. `Trainer.train_step` reads top to bottom; what follows a step (log, save, evaluate) is `train.py`'s business."""
+"""The training loop. `Trainer.train_step` reads top to bottom; what follows a step (log, save, evaluate) is up to `train.py`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Trainer:
         return StepResult(step, loss, grad_norm, num_targets, lr)
 
     def count_targets(self, batch: Batch) -> Tensor:
-        """The number of target tokens of the global batch, which every loss is divided by, once; a scalar in the gradients' dtype."""
+        """The global batch's number of target tokens, which every loss is divided by, once; a scalar in the gradients' dtype."""
         return all_reduce(batch.loss_mask_SB.sum(dtype=self.grads.flat[0].dtype), self.mesh.groups["dp"])
 
     def accumulate_gradients(self, batch: Batch, num_targets: Tensor) -> Tensor:

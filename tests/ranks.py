@@ -1,7 +1,8 @@
-"""A pool of real processes that form gloo process groups: `ranks(4).run(function, ...)` runs it on ranks 0..3 and returns their results.
+"""A pool of real processes that form gloo process groups: `ranks(4).run(function, ...)` runs it on ranks 0..3 for their results.
 
-Processes are started once, by forkserver with torch loaded (0.3 s; spawn takes seconds, plain fork hangs once torch has threads), and form a new
-group for each call. A rank that raises fails the test with its own traceback; the pool is then thrown away, since its peers may hang.
+Processes are started once, by forkserver with torch loaded (0.3 s; spawn takes seconds, plain fork hangs once torch has threads),
+and form a new group for each call. A rank that raises fails the test with its own traceback; the pool is then thrown away, since
+its peers may hang.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class Ranks:
         assert 1 <= count <= MAX_RANKS
         self.count = count
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, recorded: bool = False, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, recorded: bool = False, **kwargs: Any
+    ) -> list[Any]:
         """Call `function(rank, *args, **kwargs)`, a module-level function, on every rank; results in the order of ranks.
 
         recorded: gloo groups are wrapped by the recorder, and the function gets a `recorder` as well."""

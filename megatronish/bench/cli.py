@@ -17,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
+
 @app.callback()
 def _root() -> None:
     """Keeps `step` a verb of its own while it is the only one."""

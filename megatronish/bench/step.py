@@ -1,7 +1,8 @@
 """Tokens a second of a training step: a parallel layout on local CPU processes against plain PyTorch in one process, interleaved.
 
-The peer is the Hugging Face Llama of the same shape with torch's fused AdamW and gradient clipping, on as many threads as the machine has
-cores. All processes are started first and stay; in each round one variant runs while the others wait, so that noise hits both alike.
+The peer is the Hugging Face Llama of the same shape with torch's fused AdamW and gradient clipping, on as many threads as the
+machine has cores. All processes are started first and stay; in each round one variant runs while the others wait, so that noise
+hits both alike.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def _serve_peer(commands: Connection, config: Config, threads: int) -> None:
 
     torch.set_num_threads(threads)
     settings = hugging_face_config(config.model, config.data.sequence_length)
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(DTYPES[config.train.dtype])
+    model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**settings))
+    model.to(DTYPES[config.train.dtype])
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True)
     loader = make_loader(config, 0, 1)
     step = 1

@@ -2,8 +2,8 @@
 
 `Pending.wait()` orders the result before what follows on this device: on CPU it blocks the host, on GPU only the stream.
 
-Traps, measured on gloo (8 processes, 2 cores, 512 KiB): reduce_scatter takes 8.1 ms and all_gather 2.7 ms on a group of two, a plain exchange
-of the halves 4.3 and 1.7 ms. So a CPU group of two exchanges; a + b = b + a, so both ranks still get the same bits.
+Traps, measured on gloo (8 processes, 2 cores, 512 KiB): reduce_scatter takes 8.1 ms and all_gather 2.7 ms on a group of two, a
+plain exchange of the halves 4.3 and 1.7 ms. So a CPU group of two exchanges; a + b = b + a, so both ranks still get the same bits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def start_all_gather_into(out: Tensor, x: Tensor, group: Group) -> Pending:
 
 
 def start_reduce_scatter_into(out: Tensor, x: Tensor, group: Group) -> Pending:
-    """Sum `x` over the group and keep this rank's 1/size of dim 0 in `out`. `out` may be that part of `x`. Collective over `group`."""
+    """Sum `x` over the group; `out` gets this rank's 1/size of dim 0. `out` may be that part of `x`. Collective over `group`."""
     if group.handle is None:
         if out.data_ptr() != x.data_ptr() or out.shape != x.shape:
             out.copy_(x.view(out.shape))

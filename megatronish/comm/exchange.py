@@ -36,8 +36,8 @@ def start_exchange(
 ) -> PendingExchange:
     """Send and receive (tensor, tag) pairs with the rank at `peer_index` of `group`, as one batch.
 
-    The peer must call this with the matching lists. On NCCL the batch is one coalesced call, so neither side's order inside it matters;
-    gloo pairs messages by tag.
+    The peer must call this with the matching lists. On NCCL the batch is one coalesced call, so neither side's order inside it
+    matters; gloo pairs messages by tag.
     """
     peer = group.ranks[peer_index]
     if device_kind == "cpu":

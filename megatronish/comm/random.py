@@ -1,7 +1,7 @@
 """Counter-based randomness: a weight is a function of (seed, its global name, its global coordinates), of nothing else.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") on the element's row-major index in the *global* tensor. A rank
-draws only its box, so the same weights come out under every layout.
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") on the element's row-major index in the *global*
+tensor. A rank draws only its box, so the same weights come out under every layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _library = torch.library.Library("megatronish", "FRAGMENT")
 
 
 def stream_key(seed: int, *names: str | int) -> int:
-    """A 64-bit key (as a signed integer) for one named stream, for example `stream_key(seed, "init", "layers.7.mlp.down.weight")`."""
+    """A 64-bit key (as a signed integer) for one named stream, such as `stream_key(seed, "init", "layers.7.mlp.down.weight")`."""
     text = "\0".join([str(seed), *(str(name) for name in names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
@@ -65,11 +65,13 @@ _library.define("normal_fill_(Tensor(a!) out, int[] offsets, int[] global_shape,
 _library.impl("normal_fill_", _normal_fill, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("megatronish::normal_fill_", lib=_library)
-def _(out: Tensor, offsets: list[int], global_shape: list[int], key: int, std: float) -> None:
+def _normal_fill_fake(out: Tensor, offsets: list[int], global_shape: list[int], key: int, std: float) -> None:
     return None
 
 
+torch.library.register_fake("megatronish::normal_fill_", _normal_fill_fake, lib=_library)
+
+
 def normal_fill_(out: Tensor, *, offsets: tuple[int, ...], global_shape: tuple[int, ...], key: int, std: float) -> None:
-    """Fill `out` with the box at `offsets` of a N(0, std^2) tensor of `global_shape` (Box-Muller in float64, then rounded to out's dtype)."""
+    """Fill `out` with the box at `offsets` of a N(0, std^2) tensor of `global_shape` (Box-Muller in float64, then rounded)."""
     torch.ops.megatronish.normal_fill_(out, list(offsets), list(global_shape), key, std)

@@ -58,7 +58,7 @@ def _body(
             low.copy_(master)
         return
     addresses = [t.data_ptr() for t in (master, grad, exp_avg, exp_avg_sq)]
-    settings: dict[str, float] = dict(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step)
+    settings: dict[str, float] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "step": step}
     if master.device.type == "cpu":
         settings["threads"] = torch.get_num_threads()
     else:

@@ -1,4 +1,4 @@
-"""Causal attention with grouped key/value heads: softmax(Q K^T / sqrt(K)) V, without an S x S tensor where a flash kernel exists."""
+"""Causal attention with grouped key/value heads: softmax(Q K^T / sqrt(K)) V; no S x S tensor where a flash kernel exists."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out, lse = _forward_op(query, key, value)
         ctx.save_for_backward(query, key, value, out, lse)
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward_op(dout, *ctx.saved_tensors)  # type: ignore[no-any-return]
+        return _backward_op(dout, *ctx.saved_tensors)
 
 
 def attention(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor) -> Tensor:

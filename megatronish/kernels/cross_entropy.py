@@ -61,7 +61,8 @@ cross_entropy_parts = register(
 """Columns of logits_TV are rows first_row, first_row + 1, ... of the vocabulary; the first num_valid of them are not padding."""
 
 cross_entropy_backward = register(
-    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor log_sum_exp, int first_row, int num_valid) -> Tensor",
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor log_sum_exp, int first_row, int num_valid)"
+    " -> Tensor",
     reference_backward,
     _backward_fake,
 )
@@ -69,7 +70,7 @@ cross_entropy_backward = register(
 
 
 def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, int, int]]:
-    """Inputs that tests and benches run every implementation on: whole rows, a part with labels of others, some padding, padding only."""
+    """Inputs that tests and benches run every implementation on: whole rows, labels of another part, some padding, only padding."""
     generator = torch.Generator(device).manual_seed(0)
     cases = []
     for T, columns, first_row, num_valid, V in [(6, 40, 0, 40, 40), (5, 17, 17, 17, 50), (7, 16, 32, 9, 41), (3, 8, 48, 0, 41)]:

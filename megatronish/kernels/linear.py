@@ -71,7 +71,7 @@ linear_input_gradient = register(
 accumulate_weight_gradient = register(
     "accumulate_weight_gradient(Tensor(a!) bucket, Tensor dy, Tensor x) -> ()", _weight_gradient, _nothing
 )
-"""bucket, shaped like the weight, += dy [..., O]^T x [..., I]; the bucket is float32 (or float64), dy and x have the activations' dtype."""
+"""bucket, shaped like the weight, += dy [..., O]^T x [..., I]; bucket: float32 (or float64), dy and x: the activations' dtype."""
 
 accumulate_row_gradient = register(
     "accumulate_row_gradient(Tensor(a!) bucket, Tensor dy, Tensor rows) -> ()", _row_gradient, _nothing

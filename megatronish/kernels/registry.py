@@ -1,7 +1,7 @@
 """Registers an op with torch.library: a schema, the body for real tensors, and the shapes for fake ones.
 
-The body is opaque to fake tensors and torch.compile, so what an op returns is all they ever see: a rehearsal counts the same bytes whichever
-implementation runs. autograd.Functions stand outside, in each op's file.
+The body is opaque to fake tensors and torch.compile, so what an op returns is all they ever see: a rehearsal counts the same bytes
+whichever implementation runs. autograd.Functions stand outside, in each op's file.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         y, rstd = _forward_op(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, rstd)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -72,6 +72,10 @@ def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor,
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(4, 2, 64), (1, 1, 8), (5, 3, 96)]
     return [
-        (torch.randn(*s, generator=generator, dtype=dtype, device=device), torch.randn(s[-1], generator=generator, dtype=dtype, device=device), 1e-5)
+        (
+            torch.randn(*s, generator=generator, dtype=dtype, device=device),
+            torch.randn(s[-1], generator=generator, dtype=dtype, device=device),
+            1e-5,
+        )
         for s in shapes
     ]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import accumulate_dtype, register
+from megatronish.kernels.registry import register
 
 
 def rotary_tables(positions_SB: Tensor, *, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, each [S, B, 1, K/2] in `dtype`'s accumulation dtype (float32, or float64 for float64)."""
+    """cos and sin of position x frequency, each [S, B, 1, K/2] in the accumulation dtype of `dtype` (float32 or float64)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, head_size, 2, dtype=wide, device=positions_SB.device) / head_size
     angle = positions_SB.to(wide)[..., None, None] * (1.0 / theta**exponent)
@@ -81,7 +81,7 @@ class _SplitRotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_SBGqK: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _forward_op(qkv_SBGqK, cos, sin)  # type: ignore[no-any-return]
+        return _forward_op(qkv_SBGqK, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
@@ -91,7 +91,8 @@ class _SplitRotary(torch.autograd.Function):
 def split_rotary(qkv_SBGqK: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Split packed projections and rotate queries and keys: [S, B, G, q + 2, K] -> q [S, B, G*q, K], k, v [S, B, G, K], contiguous.
 
-    Group g of the packed tensor holds its q queries, then its key, then its value. cos, sin from `rotary_tables`. Saves only the tables."""
+    Group g of the packed tensor holds its q queries, then its key, then its value. cos, sin from `rotary_tables`. Saves only the
+    tables."""
     out: tuple[Tensor, Tensor, Tensor] = _SplitRotary.apply(qkv_SBGqK, cos, sin)
     return out
 

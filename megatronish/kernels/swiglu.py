@@ -41,11 +41,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return _forward_op(gate_up)  # type: ignore[no-any-return]
+        return _forward_op(gate_up)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return _backward_op(dy, *ctx.saved_tensors)  # type: ignore[no-any-return]
+        return _backward_op(dy, *ctx.saved_tensors)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

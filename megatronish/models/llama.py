@@ -1,8 +1,8 @@
-"""Llama (Touvron et al. 2023; Grattafiori et al. 2024): pre-norm blocks, rotary attention with grouped key/value heads, SwiGLU, untied head.
+"""Llama (Touvron et al. 2023; Grattafiori et al. 2024): pre-norm blocks, rotary grouped-query attention, SwiGLU, untied head.
 
 Plain PyTorch on one device, and the reference that parallel runs are compared with. How it is cut over ranks is the data in
-TENSOR_PARALLEL_PLAN; what keeps that sound: local sizes come from tensor shapes, everything between blocks is pointwise over S, positions are
-an argument. A pipeline stage is the same class with fewer layers, under their global names.
+TENSOR_PARALLEL_PLAN; what keeps that sound: local sizes come from tensor shapes, everything between blocks is pointwise over S,
+positions are an argument. A pipeline stage is the same class with fewer layers, under their global names.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         """[S, B, D] and rotary tables [S, B, 1, K/2] -> [S, B, D]."""
         qkv_SBGqK = self.qkv(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
         query_SBHK, key_SBGK, value_SBGK = split_rotary(qkv_SBGqK, cos, sin)
-        return self.output(attention(query_SBHK, key_SBGK, value_SBGK).flatten(2))  # type: ignore[no-any-return]
+        return self.output(attention(query_SBHK, key_SBGK, value_SBGK).flatten(2))
 
 
 class MLP(nn.Module):
@@ -58,7 +58,7 @@ class MLP(nn.Module):
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] -> [S, B, D]."""
-        return self.down(swiglu(self.gate_up(x_SBD)))  # type: ignore[no-any-return]
+        return self.down(swiglu(self.gate_up(x_SBD)))
 
 
 class Block(nn.Module):
@@ -74,7 +74,7 @@ class Block(nn.Module):
     def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[S, B, D] and rotary tables [S, B, 1, K/2] -> [S, B, D]."""
         x_SBD = x_SBD + self.attention(self.attention_norm(x_SBD), cos, sin)
-        return x_SBD + self.mlp(self.mlp_norm(x_SBD))  # type: ignore[no-any-return]
+        return x_SBD + self.mlp(self.mlp_norm(x_SBD))
 
 
 class Llama(nn.Module):

@@ -1,6 +1,7 @@
 """Which parameter lies where in which flat bucket, and which slice of it a data rank owns. Pure functions of the ParamLayout.
 
-A bucket is the unit of reduction, update and gathering. All parameters of one bucket owe the same sums, decay alike and count alike in the norm.
+A bucket is the unit of reduction, update and gathering. All parameters of one bucket owe the same sums, decay alike and count alike
+in the norm.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ class Bucket:
 
 
 def decays(placement: ParamPlacement) -> bool:
-    """Matrices and embeddings decay; norms and biases (one dimension) do not (Loshchilov and Hutter 2019; as GPT-3 and Llama train)."""
+    """Matrices and embeddings decay; norms and biases (one dimension) do not (Loshchilov and Hutter 2019; so do GPT-3, Llama)."""
     return len(placement.global_shape) >= 2
 
 
 def plan_buckets(
     placements: Mapping[str, ParamPlacement], *, tp_rank: int, tp_size: int, dp_size: int, bucket_elements: int
 ) -> list[Bucket]:
-    """Cut one stage's parameters into buckets of about `bucket_elements`, last layer first: the order in which backward finishes them."""
+    """Cut one stage's parameters into buckets of about `bucket_elements`, last layer first: the order backward finishes them in."""
     open_slots: dict[tuple[tuple[str, ...], bool, bool], list[Slot]] = {}
     buckets: list[Bucket] = []
 

@@ -1,4 +1,4 @@
-"""Gradients accumulate in flat buckets; a bucket that is complete is summed over the ranks it is owed to, under the rest of the backward.
+"""Gradients accumulate in flat buckets; a complete bucket is summed over the ranks it is owed to, under the rest of the backward.
 
 The order of reductions is the order of buckets, the same on every rank, whatever order backward completes them in.
 """

@@ -25,7 +25,7 @@ ROW = 1024
 def square_sum(flat: Tensor) -> Tensor:
     """The sum of squares of a flat tensor: a float64 scalar, good to the last bits of `flat`'s dtype at any length.
 
-    torch's vector_norm on CPU adds float32 squares one after the other: off by 5e-4 on 12.6 M elements, so that another layout, with
+    torch's vector_norm on CPU adds float32 squares one after the other: off by 5e-4 on 12.6 M elements, so another layout, with
     slices of another length, clips by another factor. Rows of 1,024 first cost no more time and are off by 1e-9."""
     whole = flat.numel() // ROW * ROW
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1)

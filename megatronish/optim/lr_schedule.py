@@ -10,8 +10,9 @@ from megatronish.config import OptimConfig
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """The rate of optimizer step `step` (the first is 1) of a run of `num_steps`.
 
-    Linear warm-up from 0, reaching lr at step warmup_steps; then `cosine` (Loshchilov and Hutter 2017) or `linear` down to min_lr over
-    decay_steps (default: all that is left) and min_lr after it; `wsd` (Hu et al. 2024): constant, then linear over the last decay_steps."""
+    Linear warm-up from 0, reaching lr at step warmup_steps; then `cosine` (Loshchilov and Hutter 2017) or `linear` down to min_lr
+    over decay_steps (default: all that is left) and min_lr after it; `wsd` (Hu et al. 2024): constant, then linear over the last
+    decay_steps."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.schedule == "constant":

@@ -9,8 +9,8 @@ from megatronish.optim.grad_buffer import GradBuffer
 
 
 class WeightGradientQueue:
-    """Runs each weight product at once, under the input gradient's communication (1F1B). A schedule that runs weight gradients later
-    (zero bubble) would keep the triples here until its W action."""
+    """Runs each weight product at once, under the input gradient's communication (1F1B). A schedule that runs weight gradients
+    later (zero bubble) would keep the triples here until its W action."""
 
     def __init__(self) -> None:
         self.grad_buffer: GradBuffer | None = None

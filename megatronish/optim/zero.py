@@ -1,7 +1,7 @@
 """AdamW with its state in slices: ZeRO stages 0 and 1 (Rajbhandari et al. 2020) over flat buckets.
 
-Stage 1: a data rank updates its slice of each bucket and the slices are gathered, bucket by bucket, under the forward that follows. Stage 0:
-every rank updates everything. Either way a rank *owns* (counts in the norm, saves) the same slice.
+Stage 1: a data rank updates its slice of each bucket and the slices are gathered, bucket by bucket, under the forward that follows.
+Stage 0: every rank updates everything. Either way a rank *owns* (counts in the norm, saves) the same slice.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ZeroAdamW:
                 state["master"].copy_(flat[start:stop])
 
     def step(self, *, step: int, lr: float, grad_scale: Tensor) -> None:
-        """Update with gradients x grad_scale (a device scalar); start gathering the new parameters. Does not wait for the device."""
+        """Update by gradients x grad_scale (a device scalar); start gathering new parameters. Does not wait for the device."""
         c = self.config
         for index, (bucket, flat, state) in enumerate(zip(self.parameters.buckets, self.parameters.flat, self.states, strict=True)):
             start, stop = self._updated_range(bucket)
@@ -120,9 +120,7 @@ class ZeroAdamW:
         return sum(t.numel() * t.element_size() for t in copies)
 
 
-def saved_boxes(
-    buckets: list[Bucket], *, tp_rank: int, dp_rank: int, dp_size: int
-) -> Iterator[tuple[str, str, Rectangle]]:
+def saved_boxes(buckets: list[Bucket], *, tp_rank: int, dp_rank: int, dp_size: int) -> Iterator[tuple[str, str, Rectangle]]:
     """(state, parameter, box) that the rank at these coordinates saves: `owned_pieces` as a pure function, for any rank."""
     for bucket in buckets:
         if bucket.replicated and tp_rank > 0:

@@ -31,11 +31,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def vocab_parallel_cross_entropy(logits_SBV: Tensor, labels_SB: Tensor, *, vocab_size: int, padded_vocab_size: int, group: Group) -> Tensor:
-    """Loss of each token: local logits [S, B, V/tp] and labels int64 [S, B] -> [S, B] in the accumulation dtype, equal on every tp rank.
+def vocab_parallel_cross_entropy(
+    logits_SBV: Tensor, labels_SB: Tensor, *, vocab_size: int, padded_vocab_size: int, group: Group
+) -> Tensor:
+    """Loss of each token: logits [S, B, V/tp], labels int64 [S, B] -> [S, B] in the accumulation dtype, equal on all tp ranks.
 
-    Columns at or beyond `vocab_size` are padding: out of the softmax, and without gradient. Collective over `group` (one all-gather of
-    three numbers a token)."""
+    Columns at or beyond `vocab_size` are padding: out of the softmax, and without gradient. Collective over `group` (one all-gather
+    of three numbers a token)."""
     start, stop = shard_range(padded_vocab_size, group.index, group.size)
     num_valid = max(0, min(stop, vocab_size) - start)
     loss_T: Tensor = _VocabParallelCrossEntropy.apply(logits_SBV.flatten(0, 1), labels_SB.flatten(), start, num_valid, group)

@@ -57,7 +57,7 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Mesh:
-    """What a rank knows of its place. Control flow asks `device_kind`, never a tensor: a rehearsal says "cuda" on fake CPU tensors."""
+    """A rank's place. Control flow asks `device_kind`, never a tensor: a rehearsal says "cuda" on fake CPU tensors."""
 
     shape: MeshShape
     rank: int

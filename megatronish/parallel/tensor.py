@@ -1,8 +1,8 @@
 """Tensor parallelism: swaps a plain model's modules for ones that hold a shard, as the model's plan says.
 
-Megatron's column and row pairs (Shoeybi et al. 2019, section 3) with sequence parallelism (Korthikanti et al. 2022, section 4.2.2). Linears own
-their backward: it returns the input gradient and hands (weight, dY, X) to a sink, so that the weight product can run under the input
-gradient's communication, and accumulates where the sink says.
+Megatron's column and row pairs (Shoeybi et al. 2019, section 3) with sequence parallelism (Korthikanti et al. 2022, section 4.2.2).
+Linears own their backward: it returns the input gradient and hands (weight, dY, X) to a sink, so that the weight product can run
+under the input gradient's communication, and accumulates where the sink says.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _ColumnLinear(torch.autograd.Function):
         x_full = tp.start_gather(x).wait()
         ctx.save_for_backward(x if tp.regather_input else x_full)
         ctx.weight, ctx.tp = weight, tp
-        return linear(x_full, weight)  # type: ignore[no-any-return]
+        return linear(x_full, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
@@ -153,7 +153,9 @@ def find_rule(plan: Plan, module_name: str) -> tuple[str, Rule]:
     matches = [(pattern, rule) for pattern, rule in plan.items() if fnmatch.fnmatchcase(module_name, pattern)]
     if len(matches) != 1:
         found = ", ".join(pattern for pattern, _ in matches) or "none"
-        raise ValueError(f"module {module_name} owns parameters and needs exactly one rule of the tensor-parallel plan; found: {found}")
+        raise ValueError(
+            f"module {module_name} owns parameters and needs exactly one rule of the tensor-parallel plan; found: {found}"
+        )
     return matches[0]
 
 
@@ -165,7 +167,7 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def make_param_layout(stages: list[nn.Module], plan: Plan, *, tp_size: int, sequence_parallel: bool) -> ParamLayout:
-    """The table of the whole model from its plain stages (meta tensors will do). A rule that matches nothing is an error that names it."""
+    """The whole model's table from its plain stages (meta tensors will do). An error names a rule that matches nothing."""
     placements: dict[str, ParamPlacement] = {}
     used: set[str] = set()
     for stage, model in enumerate(stages):

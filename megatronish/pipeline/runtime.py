@@ -53,9 +53,9 @@ class PipelineRuntime:
     ) -> Tensor:
         """The sum over microbatches of the last stage's token losses (zero on the others), a device scalar.
 
-        `loss_gradient`, 1 / the global number of target tokens, is where backward starts. `before_last_backward` is called before the
-        step's last Backward: the gradients it adds are final. A list without Backward only evaluates. Returns when every send is done,
-        so all buffers are free."""
+        `loss_gradient`, 1 / the global number of target tokens, is where backward starts. `before_last_backward` is called before
+        the step's last Backward: the gradients it adds are final. A list without Backward only evaluates. Returns when every send
+        is done, so all buffers are free."""
         mail = _Mail()
         backwards = [step for step in steps if isinstance(step, Backward)]
         total: Tensor | None = None

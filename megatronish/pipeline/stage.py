@@ -31,7 +31,7 @@ class Stage:
         self._in_flight: dict[int, _InFlight] = {}
 
     def forward(self, index: int, batch: Batch, received: Tensor | None, *, keep: bool) -> Tensor:
-        """Microbatch `index`: the output activation [S/tp or S, B, D], or the loss on the last stage. `keep`: backward will follow."""
+        """Microbatch `index`: the output activation [S/tp or S, B, D], or the last stage's loss. `keep`: backward will follow."""
         if received is not None and keep:
             received.requires_grad_()
         with torch.set_grad_enabled(keep):

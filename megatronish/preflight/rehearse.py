@@ -1,4 +1,4 @@
-"""Rehearse one rank: build, check, step, evaluate and save with the trainer's own code, on fake tensors, and return what it communicated."""
+"""Rehearse one rank: build, check, step, evaluate and save with the trainer's own code, on fake tensors; return its calls."""
 
 from __future__ import annotations
 
