@@ -20,7 +20,7 @@ def reference(logits_TV: Tensor, labels_T: Tensor, first_row: int, num_valid: in
         zeros = torch.zeros(logits_TV.shape[0], dtype=valid.dtype, device=valid.device)
         return zeros - math.inf, zeros, zeros.clone()
     max_T = valid.amax(-1)
-    sum_exp_T = (valid - max_T[:, None]).exp().sum(-1)
+    sum_exp_T = (valid - max_T[:, None]).exp_().sum(-1)
     local_T = labels_T - first_row
     here_T = (local_T >= 0) & (local_T < num_valid)
     picked_T = valid.gather(1, local_T.clamp(0, num_valid - 1)[:, None]).squeeze(1)
@@ -36,10 +36,11 @@ def reference_backward(
     dloss_T: Tensor, logits_TV: Tensor, labels_T: Tensor, log_sum_exp_T: Tensor, first_row: int, num_valid: int
 ) -> Tensor:
     """d loss / d logits = softmax - onehot(label), times dloss; padded columns get zero."""
-    grad_TV = torch.zeros_like(logits_TV, dtype=accumulate_dtype(logits_TV))
+    grad_TV = torch.empty_like(logits_TV, dtype=accumulate_dtype(logits_TV))
+    grad_TV[:, num_valid:] = 0
     if num_valid:
         valid = grad_TV[:, :num_valid]
-        torch.exp(logits_TV[:, :num_valid].to(grad_TV.dtype) - log_sum_exp_T[:, None], out=valid)
+        torch.sub(logits_TV[:, :num_valid].to(grad_TV.dtype), log_sum_exp_T[:, None], out=valid).exp_()
         local_T = labels_T - first_row
         here_T = (local_T >= 0) & (local_T < num_valid)
         valid.scatter_add_(1, local_T.clamp(0, num_valid - 1)[:, None], -here_T.to(grad_TV.dtype)[:, None])

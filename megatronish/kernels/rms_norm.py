@@ -30,12 +30,13 @@ def _forward_fake(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tens
 
 
 def _backward(dy: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    wide = x.to(rstd.dtype) * rstd
+    normed = x.to(rstd.dtype) * rstd
     dy_wide = dy.to(rstd.dtype)
-    dweight = torch.einsum("td,td->d", dy_wide.flatten(0, -2), wide.flatten(0, -2)).to(weight_D.dtype)
+    # Plain products and sums: einsum and vecdot go through bmm, one tiny product a column or a row (15 times slower on CPU).
+    dweight = (dy_wide * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
     dnormed = dy_wide * weight_D
-    mean = torch.linalg.vecdot(dnormed, wide).mul_(1.0 / x.shape[-1]).unsqueeze(-1)
-    return dnormed.sub_(wide.mul_(mean)).mul_(rstd).to(x.dtype), dweight
+    mean = (dnormed * normed).sum(-1, keepdim=True).mul_(1.0 / x.shape[-1])
+    return dnormed.sub_(normed.mul_(mean)).mul_(rstd).to(x.dtype), dweight
 
 
 def _backward_fake(dy: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
