@@ -16,7 +16,7 @@ from megatronish.optim.buckets import Bucket
 class FlatParameters:
     """Flat parameter memory for `buckets`, and a view of it in place of each meta parameter of `model`.
 
-    All memory starts as NaN, so that a weight which nothing has drawn or loaded shows (see `check_initialised`).
+    All memory starts as NaN, so that a weight which nothing has drawn or loaded shows (see `all_finite`).
     """
 
     def __init__(self, model: nn.Module, buckets: list[Bucket], *, dtype: torch.dtype, device: torch.device) -> None:
