@@ -12,7 +12,7 @@ from megatronish.assemble import assemble, draw_weights, mesh_shape
 from megatronish.config import Config
 from megatronish.config_loader import load_config
 from megatronish.parallel.mesh import build_mesh
-from tests.batches import LearnableBatches
+from tests.batches import TextBatches
 from tests.ranks import ranks
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo_cpu.yaml"
@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 def train_rank(rank: int, config: Config, world_size: int, num_steps: int) -> list[float]:
     """The losses of a run from its first weights on."""
     mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
-    run = assemble(config, mesh, LearnableBatches(config, mesh.index("dp"), mesh.size("dp")))
+    run = assemble(config, mesh, TextBatches(config, mesh.index("dp"), mesh.size("dp")))
     draw_weights(config, run.cut)
     run.optimizer.reset_master()
     return [result.loss.item() for result in run.trainer.fit(1, num_steps)]
