@@ -1,4 +1,5 @@
-"""In float32 and bfloat16 the losses of configs/demo_cpu.yaml stay near those of one process over tens of steps, on any layout."""
+"""In float32 and bfloat16 the losses of configs/demo_cpu.yaml, at a stable learning rate, stay near those of one process over tens of
+steps, on any layout."""
 
 from __future__ import annotations
 
@@ -12,11 +13,15 @@ from megatronish.assemble import assemble, draw_weights, mesh_shape
 from megatronish.config import Config
 from megatronish.config_loader import load_config
 from megatronish.parallel.mesh import build_mesh
-from tests.batches import TextBatches
+from tests.batches import LearnableBatches
 from tests.ranks import ranks
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo_cpu.yaml"
 NUM_STEPS = 50
+# The config's own rate of 2e-3 is beyond the edge of stability on samples this short: norms jump twentyfold, and rounding grows a
+# hundred-thousandfold in 15 steps. There one process with microbatches of 4 instead of 2 differs from itself by 1e-3 and more (in float64
+# by 1e-10), so that it could tell nothing of a layout. At 3e-4 it learns as much and differs by 2e-7.
+STABLE = ("optim.lr=3e-4", "optim.min_lr=3e-5")
 ONE_PROCESS = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.data=1", "parallel.sequence=false")
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "as it is: tp2 pp2 dp2 sequence zero1": (),
@@ -36,7 +41,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 def train_rank(rank: int, config: Config, world_size: int, num_steps: int) -> list[float]:
     """The losses of a run from its first weights on."""
     mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
-    run = assemble(config, mesh, TextBatches(config, mesh.index("dp"), mesh.size("dp")))
+    run = assemble(config, mesh, LearnableBatches(config, mesh.index("dp"), mesh.size("dp")))
     draw_weights(config, run.cut)
     run.optimizer.reset_master()
     return [result.loss.item() for result in run.trainer.fit(1, num_steps)]
@@ -45,7 +50,7 @@ def train_rank(rank: int, config: Config, world_size: int, num_steps: int) -> li
 @cache
 def losses_of(layout: tuple[str, ...], dtype: str, sequence_length: int, num_steps: int) -> list[float]:
     """The same on every rank, or the test fails."""
-    overrides = [*layout, f"train.dtype={dtype}", f"data.sequence_length={sequence_length}", f"train.steps={num_steps}"]
+    overrides = [*layout, *STABLE, f"train.dtype={dtype}", f"data.sequence_length={sequence_length}", f"train.steps={num_steps}"]
     config = load_config(DEMO, [*overrides, "train.eval_interval=0"])
     world_size = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
     first, *others = ranks(world_size).run(train_rank, config, world_size, num_steps, timeout=1500)
@@ -67,7 +72,7 @@ def losses_of(layout: tuple[str, ...], dtype: str, sequence_length: int, num_ste
 def test_fifty_steps_in_float32_stay_with_one_process(layout: tuple[str, ...], sequence_length: int) -> None:
     expected = losses_of(ONE_PROCESS, "float32", sequence_length, NUM_STEPS)
     assert expected[-1] < expected[0] - 0.5  # it learns, so that a drift would show
-    # Rounding of 6e-8 in another order of sums, fed back through Adam, which divides small gradients by their own size.
+    # Rounding of 6e-8 in another order of sums, fed back through Adam, which divides small gradients by their own size: 2e-7 seen.
     assert losses_of(layout, "float32", sequence_length, NUM_STEPS) == pytest.approx(expected, rel=1e-4)
 
 
