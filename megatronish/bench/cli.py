@@ -18,15 +18,14 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `step` a verb of its own while it is the only one."""
+ConfigFile = Annotated[Path, typer.Argument(help="The shape and layout; its data is not read.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as parallel.tensor=4")]
 
 
 @app.command()
 def step(
-    config: Annotated[Path, typer.Argument(help="The shape and layout; its data is not read.")] = Path("configs/demo_cpu.yaml"),
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as parallel.tensor=4")] = None,
+    config: ConfigFile = Path("configs/demo_cpu.yaml"),
+    overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="Local CPU processes of the layout.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 7,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each variant in a round.")] = 2,
@@ -51,6 +50,23 @@ def step(
     _print_step(result)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@app.command()
+def memory(
+    config: ConfigFile = Path("configs/demo_cpu.yaml"),
+    overrides: Overrides = None,
+    dp: Annotated[list[int] | None, typer.Option(min=1, help="A number of data ranks; may be repeated. Default: 1 2 4.")] = None,
+) -> None:
+    """Bytes of optimizer state on each rank, counted on the tensors that the trainer allocates, for ZeRO 0 and 1.
+
+    Example: megatronish bench memory configs/demo_cpu.yaml --dp 1 --dp 8
+    """
+    from rich.console import Console
+
+    table: Any = importlib.import_module("megatronish.bench.memory")
+    loaded = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [])
+    Console(width=120).print(table.render(table.optimizer_state_table(loaded, dp or [1, 2, 4])))
 
 
 def _print_step(result: dict[str, Any]) -> None:

@@ -1,23 +1,20 @@
 """Bytes of optimizer state on each rank, counted on the tensors that the trainer allocates.
 
-`python -m megatronish.bench.memory CONFIG` prints a table. No process is started: a rank's memory is a function of its
+`megatronish bench memory CONFIG` prints a table. No process is started: a rank's memory is a function of its
 coordinates, so one process builds rank after rank.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from megatronish.assemble import cut_model, main_dtype
 from megatronish.comm import Group
 from megatronish.config import Config
-from megatronish.config_loader import load_config
 from megatronish.formulas import num_parameters
 from megatronish.optim.grad_buffer import GradBuffer
 from megatronish.optim.zero import ZeroAdamW
@@ -90,17 +87,3 @@ def render(rows: Sequence[dict[str, Any]]) -> Table:
         share = f"{row['mean_bytes'] / first[row['zero_stage']]:.3f}"
         table.add_row(str(row["zero_stage"]), str(row["dp"]), str(row["num_ranks"]), *sizes, share)
     return table
-
-
-def main() -> None:
-    """Print the table of a config."""
-    parser = argparse.ArgumentParser(prog="python -m megatronish.bench.memory", description=__doc__)
-    parser.add_argument("config", help="a config file, such as configs/demo_cpu.yaml")
-    parser.add_argument("overrides", nargs="*", help="a.b=c")
-    parser.add_argument("--dp", type=int, nargs="+", default=[1, 2, 4], help="numbers of data ranks (default: 1 2 4)")
-    arguments = parser.parse_args()
-    Console(width=120).print(render(optimizer_state_table(load_config(arguments.config, arguments.overrides), arguments.dp)))
-
-
-if __name__ == "__main__":
-    main()
