@@ -204,6 +204,7 @@ def train_rank(rank: int, config: Config, theirs: dict[str, Tensor]) -> tuple[li
                 run.cut.parameters.by_name[slot.name].copy_(whole[slot.name][tuple(slice(o, o + n) for o, n in starts_and_sizes)])
     run.optimizer.reset_master()
     results = list(run.trainer.fit(1, NUM_STEPS))
+    run.optimizer.ensure_parameters()  # a rank that leaves while others still gather cuts them off
     return [r.loss.item() for r in results], [r.grad_norm.item() for r in results]
 
 
