@@ -143,9 +143,8 @@ def build_pipeline(config: Config, mesh: Mesh, model: nn.Module) -> PipelineRunt
     return PipelineRuntime(stage, group=mesh.groups["pp"], activation=activation, device_kind=mesh.device_kind)
 
 
-def training_steps(config: Config, mesh: Mesh) -> list[Step]:
+def training_steps(mesh: Mesh, num_microbatches: int) -> list[Step]:
     """This stage's lowered schedule."""
-    num_microbatches = config.num_microbatches(mesh.shape.num_ranks)
     return lower(actions_of_all_stages(SCHEDULES["1f1b"], mesh.size("pp"), num_microbatches), mesh.index("pp"))
 
 
@@ -189,7 +188,7 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
         mesh=mesh,
         batches=batches,
         pipeline=build_pipeline(config, mesh, cut.model),
-        train_steps=training_steps(config, mesh),
+        train_steps=training_steps(mesh, config.num_microbatches(mesh.shape.num_ranks)),
         evaluation_steps=evaluation_steps(config, mesh),
         grads=grads,
         optimizer=optimizer,

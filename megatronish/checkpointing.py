@@ -20,7 +20,7 @@ from megatronish.checkpoint.load import Checkpoint, newest_loadable
 from megatronish.checkpoint.manifest import TensorSpec, dtype_name
 from megatronish.checkpoint.pieces import Piece
 from megatronish.checkpoint.save import save_checkpoint
-from megatronish.checkpoint.storage import FileStorage, Storage
+from megatronish.checkpoint.storage import Storage
 from megatronish.config import Config
 from megatronish.layout import ParamLayout
 from megatronish.optim.zero import STATES, saved_boxes
@@ -51,9 +51,18 @@ def pieces_of_rank(config: Config, mesh: Mesh, layout: ParamLayout) -> Callable[
 
 
 def save(
-    run: Assembly, root: Path, *, step: int, data_fingerprint: int, token: str | None = None, storage: Storage | None = None
+    run: Assembly,
+    root: Path,
+    *,
+    step: int,
+    data_fingerprint: int,
+    token: str | None,
+    storage: Storage,
+    log: Callable[[str], None],
 ) -> Path:
-    """Save the run after `step`. Collective over the job; waits for the device and the disk."""
+    """Save the run after `step`. `token` names this launch: what another launch left or still writes is kept apart.
+
+    Collective over the job; waits for the device and the disk."""
     run.optimizer.ensure_parameters()
     config, mesh, layout = run.config, run.mesh, run.cut.layout
     return save_checkpoint(
@@ -73,8 +82,9 @@ def save(
         },
         world=mesh.groups["world"],
         keep=config.checkpoint.keep,
-        storage=storage or FileStorage(),
+        storage=storage,
         token=token,
+        log=log,
         device=mesh.device,
     )
 

@@ -22,6 +22,7 @@ from megatronish import checkpointing
 from megatronish.assemble import CutModel, build_pipeline, cut_model, evaluation_steps, mesh_shape
 from megatronish.checkpoint.load import Checkpoint, find_checkpoints, newest_loadable
 from megatronish.comm import all_reduce, streams
+from megatronish.comm.groups import world_group
 from megatronish.comm.host import read_values
 from megatronish.config import Config
 from megatronish.config_loader import load_config
@@ -33,6 +34,7 @@ from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import connect, disconnect, find_place
 from megatronish.rank_failure import RankGuard
 from megatronish.run_folder import RunFolder
+from megatronish.startup import config_facts, require_agreement, version_facts
 from megatronish.text_measure import TextMeasure
 from megatronish.trainer import evaluate_batch
 
@@ -113,7 +115,10 @@ def main(
         config, dataset, measure = prepare(request, place.world_size)
         guard.run_folder = request.run
         streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
-        mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=connect(place))
+        device = connect(place)
+        facts = config_facts(config) | version_facts() | {"data": f"{dataset.fingerprint:016x}"}
+        require_agreement(facts, world=world_group(device_kind=device.type), device=device)
+        mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
         result = evaluate_run(request, config, mesh, dataset, measure)
         if mesh.rank == 0:
             report(result, request.json_file)

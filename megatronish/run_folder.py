@@ -43,9 +43,11 @@ class RunFolder:
 
     def check_belongs_to(self, config: Config) -> None:
         """UserError, one line a key, if the folder holds a run that `config` cannot go on with."""
-        if not self.config_file.exists():
-            return
-        before = load_config(self.config_file)
+        if self.config_file.exists():
+            self.check_same_run(load_config(self.config_file), config)
+
+    def check_same_run(self, before: Config, config: Config) -> None:
+        """UserError, one line a key, if a run begun under the config `before` cannot go on under `config`."""
         problems = []
         for key in FIXED_KEYS:
             old, new = _get(before, key), _get(config, key)
@@ -63,11 +65,17 @@ class RunFolder:
             raise UserError("\n".join(problems))
 
     def prepare(self, config: Config) -> None:
-        """Create the folder and write config.yaml (resolved) and environment.json. One process calls this."""
+        """Create the folder, unless it holds another run. One process calls this."""
         self.check_belongs_to(config)
         try:
             for folder in (self.path, self.checkpoints, self.path / "logs"):
                 folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; change run_root or name") from error
+
+    def record(self, config: Config) -> None:
+        """Write config.yaml (resolved) and environment.json, once the run is sure to go on with them. One process calls this."""
+        try:
             _replace(self.config_file, to_yaml(config))
             _replace(self.path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
         except OSError as error:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from megatronish import __version__
-from megatronish.assemble import Assembly
+from megatronish.assemble import Assembly, training_steps
 from megatronish.comm import Group, all_gather
 from megatronish.comm.host import read_scalar, read_values
 from megatronish.config import Config
@@ -37,9 +37,16 @@ def version_facts() -> dict[str, str]:
 
 
 def require_agreement(facts: Mapping[str, str], *, world: Group, device: torch.device) -> None:
-    """UserError on every rank, naming the facts and the ranks, unless all ranks have the same facts. One all-gather of fixed size.
+    """UserError on every rank, naming the facts and the ranks, unless all ranks have the same facts.
 
-    The names must be the same on every rank (they come from code); the texts are compared by hash."""
+    Two all-gathers of fixed size: first of the versions and of the facts' names (another version has other keys), then of all facts
+    by hash. Needs only the world's group: ranks that disagree about the layout could not build any other."""
+    versions = version_facts() | {name: text for name, text in facts.items() if name.startswith("version of ")}
+    _require_equal_rows(versions | {"the keys of a config": " ".join(facts)}, world=world, device=device)
+    _require_equal_rows(facts, world=world, device=device)
+
+
+def _require_equal_rows(facts: Mapping[str, str], *, world: Group, device: torch.device) -> None:
     hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little") for text in facts.values()]
     rows = all_gather(torch.tensor(hashes, dtype=torch.int64, device=device), world).view(world.size, -1)
     same = rows == rows[0]
@@ -60,9 +67,12 @@ def dry_batch(run: Assembly, step: int) -> float:
     Finds in the first seconds what would otherwise end the run at step 1. Collective over the job; waits for the device."""
     trainer = run.trainer
     run.optimizer.ensure_parameters()
-    batch = trainer.batches.batch(step)
+    config, pp = run.config, run.mesh.size("pp")
+    # As many microbatches as fill the pipeline are enough: a step may have hundreds.
+    count = min(config.num_microbatches(run.mesh.shape.num_ranks), pp)
+    batch = trainer.batches.batch(step).microbatches(count * config.train.micro_batch_size)[0]
     num_targets = trainer.count_targets(batch)
-    loss_sum = trainer.accumulate_gradients(batch, num_targets)
+    loss_sum = trainer.accumulate_gradients(batch, num_targets, steps=training_steps(run.mesh, count))
     trainer.grads.finish()
     loss, norm = trainer.join_scalars(loss_sum / num_targets)
     finite, loss_value, norm_value = read_values(

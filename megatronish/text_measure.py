@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from megatronish.data.gpt_dataset import GPTDataset
+from megatronish.data.gpt_dataset import GPTDataset, TokenDataset
 from megatronish.data.tokenizer import byte_lengths, load_tokenizer, split_bytes
 from megatronish.errors import UserError
 
@@ -18,6 +20,8 @@ class TextMeasure:
     """Counts the bytes of text behind the targets of a set."""
 
     lengths: NDArray[np.int64]
+    fingerprint: int
+    """Of the tokenizer's file."""
     _bytes: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @staticmethod
@@ -27,10 +31,11 @@ class TextMeasure:
         size = tokenizer.get_vocab_size(with_added_tokens=True)
         if size > vocab_size:
             raise UserError(f"model.vocab_size={vocab_size} is smaller than the {size} tokens of data.tokenizer={tokenizer_file}")
-        return TextMeasure(byte_lengths(tokenizer))
+        return TextMeasure(byte_lengths(tokenizer), xxhash.xxh3_64_intdigest(Path(tokenizer_file).read_bytes()))
 
-    def bits_per_byte(self, dataset: GPTDataset, loss_sum: float, num_samples: int) -> float:
+    def bits_per_byte(self, dataset: TokenDataset, loss_sum: float, num_samples: int) -> float:
         """loss_sum (nats, over the targets of the first `num_samples` samples) as bits for each byte of their text."""
+        assert isinstance(dataset, GPTDataset), "synthetic tokens stand for no text"
         key = (dataset.fingerprint, num_samples)
         if key not in self._bytes:
             self._bytes[key] = split_bytes(dataset, self.lengths, num_samples=num_samples)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal, TypedDict
 
 import torch
+from torch import Tensor
 
 from megatronish import checkpointing, formulas
 from megatronish.assemble import DTYPES, Assembly, assemble, draw_weights, mesh_shape
+from megatronish.checkpoint.storage import FileStorage, Storage
 from megatronish.comm import barrier, streams
+from megatronish.comm.groups import world_group
 from megatronish.comm.host import read_values
 from megatronish.config import Config
 from megatronish.config_loader import load_config
@@ -27,7 +31,7 @@ from megatronish.observe.log import setup_logging
 from megatronish.observe.metrics import MetricsWriter
 from megatronish.observe.progress import TrainingProgress
 from megatronish.parallel.mesh import Mesh, build_mesh
-from megatronish.parallel.rendezvous import Place, connect, disconnect, find_place
+from megatronish.parallel.rendezvous import connect, disconnect, find_place
 from megatronish.rank_failure import RankGuard
 from megatronish.run_folder import RunFolder
 from megatronish.startup import config_facts, dry_batch, require_agreement, version_facts
@@ -39,8 +43,8 @@ from megatronish.trainer import StepResult
 class Datasets:
     """What a run reads."""
 
-    train: GPTDataset
-    validation: GPTDataset | None
+    train: TokenDataset
+    validation: TokenDataset | None
     measure: TextMeasure | None
     """Counts the bytes of the validation text, where a tokenizer is given."""
 
@@ -80,57 +84,94 @@ def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
         streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
         datasets = open_datasets(config)
         device = connect(place)
+        world = world_group(device_kind=device.type)
+        require_agreement(run_facts(config, datasets), world=world, device=device)
         mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
-        run_training(config, mesh, datasets, place)
+        if mesh.rank == 0:
+            folder.prepare(config)
+        barrier(mesh.groups["world"])
+        log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
+        log.info("%s", place.describe())
+        token = f"{place.run_id}/{place.restart}"
+        around = Surroundings(folder, log, token=token, ranks_per_host=place.local_world_size)
+        run_training(config, mesh, datasets, around)
         disconnect()
     return 0
 
 
-def run_training(config: Config, mesh: Mesh, datasets: Datasets, place: Place) -> None:
+def run_facts(config: Config, datasets: Datasets) -> dict[str, str]:
+    """All that every rank must have alike: config, versions, contents of the data."""
+    fingerprints = {"training data": datasets.train.fingerprint}
+    if datasets.validation is not None:
+        fingerprints["held-out data"] = datasets.validation.fingerprint
+    if datasets.measure is not None:
+        fingerprints["tokenizer"] = datasets.measure.fingerprint
+    return config_facts(config) | version_facts() | {name: f"{value:016x}" for name, value in fingerprints.items()}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run touches beside its ranks. A rehearsal gives a disk that keeps nothing, and no thread."""
+
+    folder: RunFolder
+    log: logging.Logger
+    token: str
+    """Names this launch of the run."""
+    storage: Storage = field(default_factory=FileStorage)
+    prefetch: Literal["thread", "none"] = "thread"
+    device_copy: Callable[[Tensor], Tensor] | None = None
+    """None: to the mesh's device."""
+    ranks_per_host: int = 1
+
+    @property
+    def keeps_files(self) -> bool:
+        """False in a rehearsal."""
+        return isinstance(self.storage, FileStorage)
+
+
+def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroundings) -> None:
     """One rank's whole run: build, resume or draw, check, train. Collective over the job."""
-    folder, is_first = RunFolder.of(config), mesh.rank == 0
-    if is_first:
-        folder.prepare(config)
-    barrier(mesh.groups["world"])
-    log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
-    log.info("%s", place.describe())
-    facts = config_facts(config) | version_facts() | {"training data": f"{datasets.train.fingerprint:016x}"}
-    require_agreement(facts, world=mesh.groups["world"], device=mesh.device)
+    log, is_writer = around.log, mesh.rank == 0 and around.keeps_files
     with ExitStack() as stack:
-        loader = partial(make_loader, config, mesh, datasets.train)
-        run = assemble(config, mesh, stack.enter_context(loader()))
-        done = resume_or_draw(run, folder, datasets.train, log)
+        copy: Callable[[Tensor], Tensor] = around.device_copy or partial(streams.copy_to_device, device=mesh.device)
+        share: Share = {
+            "data_rank": mesh.index("dp"),
+            "data_size": mesh.size("dp"),
+            "global_batch_size": config.train.global_batch_size,
+            "device_copy": copy,
+        }
+        # Step n of a run begins at sample (n - 1) x global batch, resumed or not: the batch size of a run is fixed.
+        loader = BatchLoader(datasets.train, seed=config.train.seed, first_step=1, prefetch=around.prefetch, **share)
+        run = assemble(config, mesh, stack.enter_context(loader))
+        done = resume_or_draw(run, around.folder, datasets.train, log)
+        if is_writer:
+            around.folder.record(config)
         log_facts(run, datasets, log)
         if done >= config.num_steps:
             log.info("step %d of %d: this run is complete; raise train.steps to go on", done, config.num_steps)
             return
-        peak = peak_tflops(config, mesh)
+        peak = peak_tflops(config, mesh, around.ranks_per_host)
         loss = dry_batch(run, done + 1)
         log.info("dry batch: loss %.4f; every parameter, the loss and the gradients are finite", loss)
         metrics = progress = None
-        if is_first:
-            metrics = MetricsWriter(folder.path, tensorboard=config.observe.tensorboard, first_step=done + 1 if done else 0)
+        if is_writer:
+            metrics = MetricsWriter(around.folder.path, tensorboard=config.observe.tensorboard, first_step=done + 1 if done else 0)
             stack.callback(metrics.close)
             progress = stack.enter_context(TrainingProgress(total_steps=config.num_steps, first_step=done + 1, enabled=True))
-        after = AfterStep(run, datasets, folder, log, metrics, progress, peak)
+        after = AfterStep(run, datasets, around, share, metrics, progress, peak)
         if done == 0:
             after.evaluate(0)
         for result in run.trainer.fit(done + 1, config.num_steps):
             after(result)
 
 
-def make_loader(config: Config, mesh: Mesh, dataset: TokenDataset) -> BatchLoader:
-    """This rank's training batches. Step n of a run begins at sample (n - 1) x global batch, resumed or not."""
-    return BatchLoader(
-        dataset,
-        seed=config.train.seed,
-        data_rank=mesh.index("dp"),
-        data_size=mesh.size("dp"),
-        global_batch_size=config.train.global_batch_size,
-        first_step=1,
-        consumed_samples=0,
-        device_copy=partial(streams.copy_to_device, device=mesh.device),
-    )
+class Share(TypedDict):
+    """Which samples of each global batch are this rank's, and how they get to its device."""
+
+    data_rank: int
+    data_size: int
+    global_batch_size: int
+    device_copy: Callable[[Tensor], Tensor]
 
 
 def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log: logging.Logger) -> int:
@@ -148,7 +189,9 @@ def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log:
             f"data.train={run.config.data.train} is not the data that {folder.path} was trained on (fingerprint "
             f"{dataset.fingerprint:016x}, checkpoint {state['data_fingerprint']}): give that data, or another name"
         )
+    folder.check_same_run(config_of(state), run.config)
     step, saved = int(state["step"]), state["layout"]
+    assert int(state["consumed_samples"]) == step * run.config.train.global_batch_size, "the batch size of a run is fixed"
     layout = " ".join(f"{axis}{saved[axis]}" for axis in ("pp", "dp", "tp"))
     log.info("resumed after step %d, saved by layout %s, in %.1f s", step, layout, time.perf_counter() - started)
     return step
@@ -181,15 +224,21 @@ def log_facts(run: Assembly, datasets: Datasets, log: logging.Logger) -> None:
     )
 
 
-def peak_tflops(config: Config, mesh: Mesh) -> float:
+def config_of(state: Mapping[str, Any]) -> Config:
+    """The config that a checkpoint was saved under."""
+    return Config.model_validate(state["config"])
+
+
+def peak_tflops(config: Config, mesh: Mesh, ranks_per_host: int) -> float:
     """One device's peak for MFU. On CPU: a measured matrix product on all cores, shared by the ranks of a host."""
     if config.observe.peak_tflops is not None:
         return config.observe.peak_tflops
     if mesh.device_kind == "cuda":
         return formulas.peak_tflops(streams.device_name(mesh.device), config.train.dtype) or math.nan
+    barrier(mesh.groups["world"])  # while one measures, the others wait
     measured = measure_matmul_tflops(DTYPES[config.train.dtype]) if mesh.rank == 0 else math.nan
     barrier(mesh.groups["world"])
-    return measured / mesh.shape.num_ranks
+    return measured / ranks_per_host
 
 
 @dataclass
@@ -198,8 +247,8 @@ class AfterStep:
 
     run: Assembly
     datasets: Datasets
-    folder: RunFolder
-    log: logging.Logger
+    around: Surroundings
+    share: Share
     metrics: MetricsWriter | None
     progress: TrainingProgress | None
     peak_tflops: float
@@ -211,18 +260,25 @@ class AfterStep:
         """Log, evaluate and save as the config says. Collective over the job."""
         config, step = self.run.config, result.step
         is_last = step == config.num_steps
-        if step % config.observe.log_interval == 0 or is_last or self._since[0] == 0:
+        must_save = is_last or (config.checkpoint.interval is not None and step % config.checkpoint.interval == 0)
+        if step % config.observe.log_interval == 0 or must_save or self._since[0] == 0:
             self.report(result)
         interval = config.train.eval_interval
         if interval and (step % interval == 0 or is_last):
             self.evaluate(step)
-        if is_last or (config.checkpoint.interval and step % config.checkpoint.interval == 0):
+        if must_save:
             self.save(step)
 
     def report(self, result: StepResult) -> None:
-        """Write the step's numbers: the only place of a step where the host waits for the device."""
+        """Write the step's numbers: the only place of a step where the host waits for the device. Stops the run, on every rank, if
+        they are not finite: such weights must not push sound checkpoints out."""
         config = self.run.config
         loss, grad_norm = read_values(torch.stack((result.loss, result.grad_norm)), [1.0, 1.0])
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise RuntimeError(
+                f"step {result.step}: loss {loss}, gradient norm {grad_norm}; the run stops, its last checkpoint is sound; a lower "
+                f"optim.lr={config.optim.lr} or a longer optim.warmup_steps={config.optim.warmup_steps} may help"
+            )
         before, started = self._since
         now = streams.wall_time(self.run.mesh.device)
         self._since = (result.step, now)
@@ -255,18 +311,12 @@ class AfterStep:
         config, mesh, validation = self.run.config, self.run.mesh, self.datasets.validation
         if validation is None or not config.train.eval_interval:
             return
-        started = time.perf_counter()
-        batches = evaluation_batches(
-            validation,
-            data_rank=mesh.index("dp"),
-            data_size=mesh.size("dp"),
-            global_batch_size=config.train.global_batch_size,
-            num_batches=config.train.eval_steps,
-            device_copy=partial(streams.copy_to_device, device=mesh.device),
-        )
+        started = streams.wall_time(mesh.device)
+        batches = evaluation_batches(validation, num_batches=config.train.eval_steps, **self.share)
         loss_sum, num_targets = read_values(torch.stack(self.run.trainer.evaluate(batches)), [1.0, 1.0])
         values = {"eval_loss": loss_sum / num_targets, "eval_perplexity": math.exp(min(loss_sum / num_targets, 700.0))}
-        if self.datasets.measure is not None:
+        # One rank reads the text for it.
+        if self.metrics is not None and self.datasets.measure is not None:
             num_samples = config.train.eval_steps * config.train.global_batch_size
             values["eval_bits_per_byte"] = self.datasets.measure.bits_per_byte(validation, loss_sum, num_samples)
         if self.metrics is not None:
@@ -278,9 +328,19 @@ class AfterStep:
 
     def save(self, step: int) -> None:
         """Save a checkpoint after `step`. Collective over the job."""
-        started = time.perf_counter()
-        path = checkpointing.save(self.run, self.folder.checkpoints, step=step, data_fingerprint=self.datasets.train.fingerprint)
-        self.log.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        started = streams.wall_time(self.run.mesh.device)
+        is_first = self.run.mesh.rank == 0
+        path = checkpointing.save(
+            self.run,
+            self.around.folder.checkpoints,
+            step=step,
+            data_fingerprint=self.datasets.train.fingerprint,
+            token=self.around.token,
+            storage=self.around.storage,
+            log=self.around.log.warning if is_first else self.around.log.debug,
+        )
+        if is_first:  # which alone knows that the rename was done
+            self.around.log.info("saved %s in %.1f s", path, time.perf_counter() - started)
         self._skip(time.perf_counter() - started)
 
     def _skip(self, seconds: float) -> None:

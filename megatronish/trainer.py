@@ -85,11 +85,13 @@ class Trainer:
         """The global batch's number of target tokens, which every loss is divided by, once; a scalar in the gradients' dtype."""
         return all_reduce(batch.loss_mask_SB.sum(dtype=self.grads.flat[0].dtype), self.mesh.groups["dp"])
 
-    def accumulate_gradients(self, batch: Batch, num_targets: Tensor) -> Tensor:
-        """Forward and backward of all microbatches: gradients into the buckets, the sum of this rank's token losses returned."""
+    def accumulate_gradients(self, batch: Batch, num_targets: Tensor, *, steps: list[Step] | None = None) -> Tensor:
+        """Forward and backward of all microbatches: gradients into the buckets, the sum of this rank's token losses returned.
+
+        `steps`: another lowered schedule than the training step's."""
         self.grads.zero()
         return self.pipeline.run(
-            self.train_steps,
+            self.train_steps if steps is None else steps,
             batch.microbatches(self.config.train.micro_batch_size),
             loss_gradient=1.0 / num_targets,
             before_last_backward=self.grads.begin_last_backward,

@@ -17,6 +17,7 @@ def test_the_config_in_the_folder_loads_back_to_the_same_run(tmp_path: Path) -> 
     config = load_config(write_run(tmp_path), ["optim.min_lr=1e-5"])
     folder = RunFolder.of(config)
     folder.prepare(config)
+    folder.record(config)
     assert load_config(folder.config_file) == config
     environment = json.loads((folder.path / "environment.json").read_text())
     assert {"commit", "host", "megatronish", "python", "torch"} <= environment.keys()
@@ -32,6 +33,7 @@ def test_what_makes_the_run_the_same_run_may_not_change(override: str, tmp_path:
     config = load_config(path)
     folder = RunFolder.of(config)
     folder.prepare(config)
+    folder.record(config)
     before = folder.config_file.read_text()
     with pytest.raises(UserError) as caught:
         folder.prepare(load_config(path, [override]))
@@ -44,10 +46,12 @@ def test_what_makes_the_run_the_same_run_may_not_change(override: str, tmp_path:
 def test_everything_else_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     RunFolder.of(load_config(path)).prepare(load_config(path))
+    RunFolder.of(load_config(path)).record(load_config(path))
     changed = load_config(
         path, ["parallel.tensor=2", "train.steps=99", "optim.lr=1e-3", "checkpoint.keep=1", "train.micro_batch_size=1"]
     )
     RunFolder.of(changed).prepare(changed)
+    RunFolder.of(changed).record(changed)
     assert load_config(RunFolder.of(changed).config_file).train.steps == 99
 
 

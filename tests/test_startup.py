@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatronish.assemble import assemble, draw_weights, mesh_shape
+from megatronish.comm.groups import world_group
 from megatronish.config import Config
 from megatronish.errors import UserError
 from megatronish.parallel.mesh import build_mesh
@@ -27,9 +28,8 @@ def facts_of(rank: int, odd_rank: int, change: dict[str, str]) -> dict[str, str]
 
 def agree(rank: int, odd_rank: int, change: dict[str, str]) -> str:
     """What this rank was told; nothing if all agree."""
-    mesh = build_mesh(mesh_shape(Case(dp=4).config(), 4), rank, device=CPU)
     try:
-        require_agreement(facts_of(rank, odd_rank, change), world=mesh.groups["world"], device=CPU)
+        require_agreement(facts_of(rank, odd_rank, change), world=world_group(device_kind="cpu"), device=CPU)
     except UserError as error:
         return str(error)
     return ""
@@ -40,7 +40,10 @@ def agree(rank: int, odd_rank: int, change: dict[str, str]) -> str:
     [
         (2, {"train.seed": "8"}),
         (0, {"training data": "4567"}),
-        (3, {"version of torch": "1.0", "optim.lr": "0.5"}),
+        (3, {"train.dtype": "bfloat16", "optim.lr": "0.5"}),
+        # Compared first, without the mesh: ranks of another version or layout could not form the same groups.
+        (3, {"version of torch": "1.0"}),
+        (1, {"parallel.tensor": "2"}),
     ],
 )
 def test_a_rank_that_differs_stops_every_rank_and_is_named(odd_rank: int, change: dict[str, str]) -> None:
@@ -56,6 +59,15 @@ def test_a_rank_that_differs_stops_every_rank_and_is_named(odd_rank: int, change
         assert all(f"{key}={facts[key]}" in text for key in change)
 
 
+def agree_on_each(rank: int, leaves: list[str]) -> list[str]:
+    """For each leaf, what is wrong with what this rank is told when rank 1 has another value of it; nothing if it is named."""
+    wrong = []
+    for leaf in leaves:
+        told = agree(rank, 1, {leaf: "another"})
+        wrong.append("" if f"differ from rank 0 in {leaf};" in told else f"{leaf}: {told}")
+    return wrong
+
+
 def test_equal_ranks_agree() -> None:
     assert ranks(4).run(agree, -1, {}) == [""] * 4
 
@@ -64,6 +76,8 @@ def test_every_key_of_a_config_is_compared() -> None:
     config: Config = Case().config()
     leaves = {f"{name}.{key}" for name, value in config.model_dump().items() if isinstance(value, dict) for key in value}
     assert leaves | {"name", "run_root"} == set(config_facts(config))
+    for text in ranks(2).run(agree_on_each, sorted(leaves))[0]:
+        assert text == ""
 
 
 def run_dry(rank: int, case: Case, plant: Any) -> str | float:
@@ -90,9 +104,10 @@ def test_a_weight_that_is_not_finite_is_named_by_the_rank_that_has_it() -> None:
 
 
 def test_the_dry_batch_gives_the_first_loss_and_changes_nothing() -> None:
-    (before,) = ranks(1).run(run_dry, Case(), None)
+    case = Case(num_microbatches=1)  # the dry batch is cut to as many microbatches as there are stages
+    (before,) = ranks(1).run(run_dry, case, None)
     assert before == pytest.approx(math.log(101), rel=0.02)
-    (after,) = ranks(1).run(dry_twice_then_step, Case())
+    (after,) = ranks(1).run(dry_twice_then_step, case)
     assert after[0] == after[1] == before
     assert after[2] == before
 

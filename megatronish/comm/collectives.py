@@ -139,7 +139,7 @@ def _swap(mine: Tensor, theirs: Tensor, group: Group) -> tuple[dist.Work, ...]:
     return send, receive
 
 
-COLLECTIVE_TAG = 1 << 20
+COLLECTIVE_TAG = (1 << 31) - 1
 """Above every tag of the pipeline's messages, so that the two never pair up on one communicator."""
 
 

@@ -106,9 +106,9 @@ class RecordingProcessGroup(dist.ProcessGroup):
         self._record("receive", tensors[0], peer=self.ranks[peer], tag=tag)
         return self._pass_on("recv", tensors, peer, tag)
 
-    def barrier(self, options: Any = None) -> dist.Work:
+    def barrier(self, opts: Any = None) -> dist.Work:
         self._record("barrier")
-        return self._pass_on("barrier", options)
+        return self._pass_on("barrier", opts)
 
     # What torch.distributed asks of any group.
     def getBackendName(self) -> str:

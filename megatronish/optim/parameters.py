@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from megatronish.comm.host import read_scalar
 from megatronish.comm.random import normal_fill_, stream_key
 from megatronish.layout import ParamPlacement
 from megatronish.optim.buckets import Bucket
@@ -55,6 +56,6 @@ class FlatParameters:
     def first_not_finite(self) -> str | None:
         """The name of a parameter that is not finite, for an error message. Waits for the device."""
         for name, parameter in self.by_name.items():
-            if not bool(torch.isfinite(parameter).all()):
+            if not read_scalar(torch.isfinite(parameter).all(), 1.0):
                 return name
         return None

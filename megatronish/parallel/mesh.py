@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatronish.comm import Group, new_group
+from megatronish.comm import Group, all_reduce, new_group
 from megatronish.comm.groups import world_group
 
 AXES = ("pp", "dp", "cp", "ep", "tp")
@@ -91,4 +91,7 @@ def build_mesh(shape: MeshShape, rank: int, *, device: torch.device, device_kind
     groups = {"world": world_group(device_kind=kind)}
     for axis in AXES:
         groups[axis] = new_group(axis, shape.ranks_along(axis, rank), rank, device_kind=kind)
+        # Opened at once and by all members: NCCL builds a communicator at its first call, which must not be a pipeline's exchange
+        # between two of them.
+        all_reduce(torch.zeros(1, device=device), groups[axis])
     return Mesh(shape, rank, groups, device, kind)

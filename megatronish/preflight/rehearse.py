@@ -1,53 +1,57 @@
-"""Rehearse one rank: build, check, step, evaluate and save with the trainer's own code, on fake tensors; return its calls."""
+"""Rehearse one rank: the run itself, from agreement to the last save, on fake tensors; returns what it communicated."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatronish import checkpointing
-from megatronish.assemble import assemble, draw_weights, mesh_shape
+from megatronish.assemble import mesh_shape
 from megatronish.checkpoint.storage import NoStorage
+from megatronish.comm.groups import world_group
 from megatronish.comm.recording import Call, rehearsed_world
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import SyntheticDataset
-from megatronish.data.loader import BatchLoader, evaluation_batches
-from megatronish.parallel.mesh import Mesh, build_mesh
-from megatronish.startup import config_facts, require_agreement, version_facts
+from megatronish.parallel.mesh import build_mesh
+from megatronish.run_folder import RunFolder
+from megatronish.startup import require_agreement
+from megatronish.train import Datasets, Surroundings, run_facts, run_training
+
+DeviceCopy = Callable[[Tensor], Tensor]
+LOG = logging.getLogger("megatronish.rehearsal")
 
 
-def with_microbatches(config: Config, world_size: int, num_microbatches: int) -> Config:
-    """The same run with this many microbatches a step: what is communicated a microbatch stays the same."""
+def shortened(config: Config, world_size: int, *, num_microbatches: int, num_steps: int = 1) -> Config:
+    """The same run with fewer steps and microbatches: what is communicated a microbatch stays the same. One batch an evaluation."""
     samples = config.train.micro_batch_size * config.data_parallel_size(world_size) * num_microbatches
-    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": samples})})
+    cut = {"steps": num_steps, "tokens": None, "global_batch_size": samples, "eval_steps": 1}
+    optim = config.optim.model_copy(update={"warmup_steps": 0, "decay_steps": num_steps})
+    return config.model_copy(update={"train": config.train.model_copy(update=cut), "optim": optim})
 
 
-def run_through(config: Config, mesh: Mesh, *, num_steps: int, device_copy: Callable[[Tensor], Tensor]) -> None:
-    """What a rank does in a run, in order: agree, draw, step, one evaluation, one save that writes nothing."""
-    require_agreement(config_facts(config) | version_facts(), world=mesh.groups["world"], device=mesh.device)
-    samples = config.train.global_batch_size * (num_steps + 1)
-    dataset = SyntheticDataset(vocab_size=config.model.vocab_size, sequence_length=config.data.sequence_length, length=samples)
-    place = {
-        "data_rank": mesh.index("dp"),
-        "data_size": mesh.size("dp"),
-        "global_batch_size": config.train.global_batch_size,
-    }
-    loader = BatchLoader(dataset, seed=config.train.seed, **place, first_step=1, device_copy=device_copy, prefetch="none")
-    run = assemble(config, mesh, loader)
-    draw_weights(config, run.cut)
-    run.optimizer.reset_master()
-    for _ in run.trainer.fit(1, num_steps):
-        pass
-    run.trainer.evaluate(evaluation_batches(dataset, **place, num_batches=1, device_copy=device_copy))
-    checkpointing.save(run, Path("rehearsal"), step=num_steps, data_fingerprint=dataset.fingerprint, storage=NoStorage())
+def synthetic_datasets(config: Config) -> Datasets:
+    """Data that needs no files; a held-out set where the config has one."""
+    S, V = config.data.sequence_length, config.model.vocab_size
+    train = SyntheticDataset(vocab_size=V, sequence_length=S, length=config.num_steps * config.train.global_batch_size)
+    held_out = config.data.validation is not None or config.data.validation_fraction > 0
+    return Datasets(train, train if held_out else None, None)
 
 
-def rehearse(config: Config, *, rank: int, world_size: int, device_kind: str = "cuda", num_steps: int = 1) -> list[Call]:
-    """The calls of `rank` in a job of `world_size`: agreement, `num_steps` steps, one batch of evaluation, one save."""
+def rehearse(config: Config, *, rank: int, world_size: int, device_kind: str = "cuda") -> list[Call]:
+    """The calls of `rank` in a job of `world_size`: the whole of `train.run_training`, with nothing on any disk or device."""
     with rehearsed_world(rank, world_size) as (recorder, mode):
-        mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"), device_kind=device_kind)
-        run_through(config, mesh, num_steps=num_steps, device_copy=mode.from_tensor)
+        play(config, rank, world_size, device_kind=device_kind, device_copy=mode.from_tensor)
     return recorder.calls
+
+
+def play(config: Config, rank: int, world_size: int, *, device_kind: str, device_copy: DeviceCopy) -> None:
+    """What `train.main` does once it has connected, with synthetic data, and keeping no file."""
+    device, datasets = torch.device("cpu"), synthetic_datasets(config)
+    require_agreement(run_facts(config, datasets), world=world_group(device_kind=device_kind), device=device)
+    mesh = build_mesh(mesh_shape(config, world_size), rank, device=device, device_kind=device_kind)
+    nowhere = RunFolder(Path("/nonexistent/rehearsal"))
+    around = Surroundings(nowhere, LOG, token="rehearsal", storage=NoStorage(), prefetch="none", device_copy=device_copy)
+    run_training(config, mesh, datasets, around)

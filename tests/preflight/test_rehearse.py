@@ -14,8 +14,7 @@ from megatronish.assemble import mesh_shape
 from megatronish.comm.recording import Call, Recorder
 from megatronish.config import Config
 from megatronish.config_loader import load_config
-from megatronish.parallel.mesh import build_mesh
-from megatronish.preflight.rehearse import rehearse, run_through, with_microbatches
+from megatronish.preflight.rehearse import play, rehearse, shortened
 from tests.parallel.parity import Case
 from tests.ranks import ranks
 
@@ -37,9 +36,9 @@ def corner_ranks(config: Config) -> list[int]:
 
 
 def rehearse_config(path: Path, rank: int) -> list[Call]:
-    config = load_config(path)
+    config = load_config(path, ["train.eval_interval=0"])
     world_size = world_size_of(config)
-    return rehearse(with_microbatches(config, world_size, 2 * config.parallel.pipeline), rank=rank, world_size=world_size)
+    return rehearse(shortened(config, world_size, num_microbatches=2 * config.parallel.pipeline), rank=rank, world_size=world_size)
 
 
 @pytest.mark.slow
@@ -54,16 +53,15 @@ def test_every_shipped_config_builds_and_steps_at_full_size() -> None:
         config = load_config(path)
         stage = mesh_shape(config, world_size_of(config)).coordinates(rank)["pp"]
         last = config.parallel.pipeline - 1
-        m = 2 * config.parallel.pipeline
-        # Each microbatch crosses each edge once forwards and once backwards, and once more forwards in the evaluation.
+        # Each microbatch crosses each edge once forwards and once backwards: pp of them in the dry batch, 2 pp in the step.
+        m = 3 * config.parallel.pipeline
         received = sum(c.operation == "receive" for c in calls)
-        assert received == (2 * m if stage > 0 else 0) + (m if stage < last else 0), f"{path.name} rank {rank}"
+        assert received == (m if stage > 0 else 0) + (m if stage < last else 0), f"{path.name} rank {rank}"
         assert any(c.axis == "dp" for c in calls), f"{path.name} rank {rank} reduces no gradient"
 
 
 def record_real_run(rank: int, config: Config, world_size: int, recorder: Recorder) -> list[Call]:
-    mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
-    run_through(config, mesh, num_steps=2, device_copy=lambda x: x)
+    play(config, rank, world_size, device_kind="cpu", device_copy=lambda x: x)
     return recorder.calls
 
 
@@ -78,10 +76,12 @@ def record_real_run(rank: int, config: Config, world_size: int, recorder: Record
     ids=str,
 )
 def test_recorded_calls_equal_those_of_a_real_run(case: Case) -> None:
-    config = case.config()
+    held_out = case.config().data.model_copy(update={"validation": "none"})
+    train = case.config().train.model_copy(update={"eval_interval": 1, "eval_steps": 1})
+    config = case.config().model_copy(update={"data": held_out, "train": train})
     real = ranks(case.world_size).run(record_real_run, config, case.world_size, recorded=True)
     for rank in range(case.world_size):
-        rehearsed = rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu", num_steps=2)
+        rehearsed = rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu")
         assert len(real[rank]) > 30
         for number, (expected, got) in enumerate(zip(real[rank], rehearsed, strict=False)):
             assert got == expected, f"rank {rank}, call {number}: real {expected}, rehearsed {got}"
