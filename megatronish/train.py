@@ -31,7 +31,7 @@ from megatronish.observe.log import setup_logging
 from megatronish.observe.metrics import MetricsWriter
 from megatronish.observe.progress import TrainingProgress
 from megatronish.parallel.mesh import Mesh, build_mesh
-from megatronish.parallel.rendezvous import connect, disconnect, find_place
+from megatronish.parallel.rendezvous import Place, connect, disconnect, find_place
 from megatronish.rank_failure import RankGuard
 from megatronish.run_folder import RunFolder
 from megatronish.startup import config_facts, dry_batch, require_agreement, version_facts
@@ -87,16 +87,22 @@ def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
         world = world_group(device_kind=device.type)
         require_agreement(run_facts(config, datasets), world=world, device=device)
         mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
-        if mesh.rank == 0:
-            folder.prepare(config)
-        barrier(mesh.groups["world"])
-        log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
-        log.info("%s", place.describe())
-        token = f"{place.run_id}/{place.restart}"
-        around = Surroundings(folder, log, token=token, ranks_per_host=place.local_world_size)
-        run_training(config, mesh, datasets, around)
+        train_in_folder(config, mesh, datasets, place)
         disconnect()
     return 0
+
+
+def train_in_folder(config: Config, mesh: Mesh, datasets: Datasets, place: Place) -> None:
+    """One rank's whole run in its run folder. Collective over the job."""
+    folder = RunFolder.of(config)
+    if mesh.rank == 0:
+        folder.prepare(config)
+    barrier(mesh.groups["world"])
+    log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
+    log.info("%s", place.describe())
+    token = f"{place.run_id}/{place.restart}"
+    around = Surroundings(folder, log, token=token, ranks_per_host=place.local_world_size)
+    run_training(config, mesh, datasets, around)
 
 
 def run_facts(config: Config, datasets: Datasets) -> dict[str, str]:

@@ -41,7 +41,7 @@ def train_rank(rank: int, config_file: str, overrides: tuple[str, ...], world_si
     config = load_config(config_file, overrides, world_size=world_size)
     mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        train.run_training(config, mesh, train.open_datasets(config), Place("tests", rank, rank, world_size, world_size))
+        train.train_in_folder(config, mesh, train.open_datasets(config), Place("tests", rank, rank, world_size, world_size))
     return stderr.getvalue()
 
 
