@@ -42,6 +42,7 @@ def rehearse_config(path: Path, rank: int) -> list[Call]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute and a half on two idle cores
 def test_every_shipped_config_builds_and_steps_at_full_size() -> None:
     jobs = [(path, rank) for path in CONFIGS for rank in corner_ranks(load_config(path))]
     assert len(jobs) > len(CONFIGS)
