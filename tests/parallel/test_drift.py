@@ -23,7 +23,7 @@ NUM_STEPS = 50
 ONE_PROCESS = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.data=1", "parallel.sequence=false")
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "as it is: tp2 pp2 dp2 sequence zero1": (),
-    "tp4 sequence recompute": ("parallel.tensor=4", "parallel.pipeline=1", "parallel.data=1", "parallel.recompute=full"),
+    "tp2 sequence recompute": ("parallel.tensor=2", "parallel.pipeline=1", "parallel.data=1", "parallel.recompute=full"),
     "pp4": ("parallel.tensor=1", "parallel.pipeline=4", "parallel.data=1", "parallel.sequence=false"),
     "dp4 zero0": (
         "parallel.tensor=1",
