@@ -63,9 +63,7 @@ def start_all_reduce(x: Tensor, group: Group, op: ReduceOp = "sum") -> Pending:
 def start_all_gather_into(out: Tensor, x: Tensor, group: Group) -> Pending:
     """Fill `out` (contiguous, group.size times as long on dim 0) with every rank's `x`. `x` may be rank's own part of `out`."""
     if group.handle is None:
-        if out.data_ptr() != x.data_ptr() or out.shape != x.shape:
-            out.copy_(x.view(out.shape))
-        return Pending(out)
+        return _alone(out, x)
     x = x.contiguous()
     if not group.pairwise:
         work = _all_gather_into(out, x, group=group.handle, async_op=True)
@@ -81,9 +79,7 @@ def start_all_gather_into(out: Tensor, x: Tensor, group: Group) -> Pending:
 def start_reduce_scatter_into(out: Tensor, x: Tensor, group: Group) -> Pending:
     """Sum `x` over the group; `out` gets this rank's 1/size of dim 0. `out` may be that part of `x`. Collective over `group`."""
     if group.handle is None:
-        if out.data_ptr() != x.data_ptr() or out.shape != x.shape:
-            out.copy_(x.view(out.shape))
-        return Pending(out)
+        return _alone(out, x)
     x = x.contiguous()
     if not group.pairwise:
         work = _reduce_scatter_into(out, x, group=group.handle, async_op=True)
@@ -128,6 +124,13 @@ def barrier(group: Group) -> None:
     """Wait until every rank of the group is here. Blocks the host."""
     if group.handle is not None:
         dist.barrier(group=group.handle)
+
+
+def _alone(out: Tensor, x: Tensor) -> Pending:
+    """What a group of one rank gathers or sums: its own x, which may be `out` already."""
+    if out.data_ptr() != x.data_ptr() or out.shape != x.shape:
+        out.copy_(x.view(out.shape))
+    return Pending(out)
 
 
 def _swap(mine: Tensor, theirs: Tensor, group: Group) -> tuple[dist.Work, ...]:
