@@ -58,18 +58,15 @@ def split_model(config: Config) -> list[range]:
 
 def plain_stages(config: Config) -> list[nn.Module]:
     """Every stage of the plain model, on the meta device: shapes and names, no memory."""
-    architecture, split = MODELS[config.model.architecture], split_model(config)
-    last = len(split) - 1
+    architecture = MODELS[config.model.architecture]
     return [
         architecture.module(
             config.model,
-            layers=layers,
-            has_embedding=stage == 0,
-            has_head=stage == last,
+            chunks=[layers],
             dtype=DTYPES[config.train.dtype],
             device="meta",
         )
-        for stage, layers in enumerate(split)
+        for layers in split_model(config)
     ]
 
 

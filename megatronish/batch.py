@@ -24,6 +24,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class TokenContext:
+    """What a model knows of a microbatch's tokens beside their ids; whole along S on every rank."""
+
+    positions_SB: Tensor
+    """int64: position of each token, for rotary or learned positions."""
+    sample_numbers_B: Tensor
+    """int64: the global number of each sample: the key of per-sample randomness."""
+    documents_SB: Tensor | None = None
+    """int64, non-decreasing along S: number of each token's document within its sample; tokens attend within a document only.
+    None: a sample is one document."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """The samples of one data rank for one step (or one microbatch of it); sequence first, so that a cut along S is contiguous."""
 
@@ -37,6 +50,13 @@ class Batch:
     """int64: position of each token for the rotary embedding."""
     sample_numbers_B: Tensor
     """int64: the global number of each sample since the start of the run, 0, 1, 2, ...: the key of per-sample randomness."""
+    documents_SB: Tensor | None = None
+    """int64: see TokenContext; None unless data.document_attention is set."""
+
+    @property
+    def context(self) -> TokenContext:
+        """The model's view of it."""
+        return TokenContext(self.positions_SB, self.sample_numbers_B, self.documents_SB)
 
     def microbatches(self, micro_batch_size: int) -> list[Batch]:
         """Views of `micro_batch_size` samples each, in order. Copies nothing."""
@@ -47,6 +67,7 @@ class Batch:
                 loss_mask_SB=self.loss_mask_SB[:, i : i + micro_batch_size],
                 positions_SB=self.positions_SB[:, i : i + micro_batch_size],
                 sample_numbers_B=self.sample_numbers_B[i : i + micro_batch_size],
+                documents_SB=None if self.documents_SB is None else self.documents_SB[:, i : i + micro_batch_size],
             )
             for i in range(0, self.tokens_SB.shape[1], micro_batch_size)
         ]

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Integers travel between ranks as int64.
 PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1)]
@@ -16,12 +16,21 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+Recompute = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
     """Base of every section: frozen, strict about unknown keys, and about types (no "12" for 12, no true for 1)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        """YAML has lists; a frozen model holds tuples."""
+        if not isinstance(values, dict):
+            return values
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 class ModelConfig(Section):
@@ -49,6 +58,12 @@ class ModelConfig(Section):
     """Added to the mean square in RMSNorm (Zhang and Sennrich 2019)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; projections back into the residual stream use it / sqrt(2 num_layers)."""
+    max_positions: PositiveInt | None = None
+    """Rows of the table of learned positions (gpt2, which needs it; llama has none)."""
+    tie_embeddings: bool = False
+    """The output projection is the embedding's weight (Press and Wolf 2017)."""
+    dropout: Fraction = 0.0
+    """Share of elements zeroed after the embedding, of attention weights and before residual sums (Srivastava et al. 2014)."""
 
     @property
     def head_size(self) -> int:
@@ -77,17 +92,33 @@ class ParallelConfig(Section):
     """Replicas, each with its own samples; world / (tensor x pipeline) when not given."""
     sequence: bool = False
     """Sequence parallelism: activations between blocks are cut over the tensor ranks (Korthikanti et al. 2022)."""
-    zero_stage: Literal[0, 1] = 1
-    """0: every data rank keeps all optimizer state; 1: each keeps 1/data of it (Rajbhandari et al. 2020)."""
-    recompute: Literal["none", "full"] = "none"
-    """`full` keeps only each block's input for backward and runs its forward again."""
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """Order of forwards and backwards in the pipeline (Narayanan et al. 2021). `interleaved` needs num_chunks of 2 or more."""
+    num_chunks: PositiveInt = 1
+    """Model chunks of one stage: the layers are cut into pipeline x num_chunks parts, dealt out round-robin."""
+    stage_layers: tuple[PositiveInt, ...] | None = None
+    """Layers of each part, pipeline x num_chunks numbers in the order of the model; balanced by cost when not given."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """0: every data rank keeps all optimizer state; 1: each 1/data of it; 2: of the gradients too (Rajbhandari et al. 2020)."""
+    recompute: Recompute | tuple[Recompute, ...] = "none"
+    """`full` keeps only each block's input for backward and runs its forward again; `selective` does so for norms, activations and
+    the attention core (Korthikanti et al. 2022). A list gives one for each stage."""
+
+
+class BlendSource(Section):
+    """One set of a blend."""
+
+    prefix: Text
+    """PREFIX.bin and PREFIX.idx."""
+    weight: PositiveFloat
+    """Its share of the samples, over the sum of all weights."""
 
 
 class DataConfig(Section):
     """Token files on disk. A prefix names PREFIX.bin and PREFIX.idx."""
 
-    train: Text
-    """Prefix of the training tokens."""
+    train: Text | tuple[BlendSource, ...]
+    """Prefix of the training tokens, or a list of prefixes with weights."""
     validation: Text | None = None
     """Prefix of held-out tokens."""
     validation_fraction: Fraction = 0.0
@@ -96,6 +127,10 @@ class DataConfig(Section):
     """Tokens S in one sample."""
     tokenizer: Text | None = None
     """A tokenizer.json; gives bits per byte and a check of the vocabulary."""
+    order: Literal["permutation", "megatron"] = "permutation"
+    """Order of the samples: a keyed permutation with no index to build, or that of megatron-core's GPTDataset."""
+    separate_documents: bool = False
+    """Positions restart at each document, and tokens attend within their document only."""
 
 
 class OptimConfig(Section):
@@ -123,6 +158,20 @@ class OptimConfig(Section):
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
     bucket_mib: PositiveFloat = 64.0
     """Size of a gradient bucket, the unit of overlapped reduction, in MiB."""
+    grad_reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of gradients on their way between data ranks; that of the accumulated gradients when not given."""
+
+
+class BatchRamp(Section):
+    """The global batch grows from `start` by `increment` up to train.global_batch_size, in equal shares of `samples` (GPT-3's
+    way: Brown et al. 2020, appendix B)."""
+
+    start: PositiveInt
+    """Samples of the first step."""
+    increment: PositiveInt
+    """Samples more at each stage of the ramp."""
+    samples: PositiveInt
+    """Samples that the whole ramp takes."""
 
 
 class TrainConfig(Section):
@@ -136,14 +185,29 @@ class TrainConfig(Section):
     """Samples a step, over all ranks."""
     micro_batch_size: PositiveInt
     """Samples B of one forward and backward on one rank."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    batch_ramp: BatchRamp | None = None
+    """Smaller batches at the start."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Of parameters and activations. Master weights and accumulated gradients are float32 (float64 for float64)."""
+    loss_scale: PositiveFloat = 65536.0
+    """float16 only: first factor of the loss; halved when a gradient overflows, doubled after `loss_scale_interval` good steps
+    (Micikevicius et al. 2018)."""
+    loss_scale_interval: PositiveInt = 1000
+    """float16 only: good steps before the loss scale doubles."""
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose gradients are not finite; its update is never applied."""
+    label_smoothing: Fraction = 0.0
+    """Share of the target's probability spread evenly over the vocabulary (Szegedy et al. 2016)."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of log(sum exp(logits))^2, which keeps logits near zero (Chowdhery et al. 2022)."""
     seed: NonNegativeInt = 1234
     """Of the weights and of the order of samples."""
     eval_interval: NonNegativeInt = 0
     """Evaluate every this many steps; 0: never."""
     eval_steps: PositiveInt = 8
     """Global batches an evaluation reads."""
+    patience: PositiveInt | None = None
+    """Stop after this many evaluations in a row without a new lowest held-out loss."""
     cpu_threads: PositiveInt = 1
     """Threads of one rank on CPU. Set, never inherited: sums in another order have other last bits."""
     deterministic: bool = False
@@ -157,6 +221,8 @@ class CheckpointConfig(Section):
     """Save every this many steps; the last step is always saved."""
     keep: PositiveInt = 3
     """Newest checkpoints kept; older ones are deleted after a new one is complete."""
+    asynchronous: bool = False
+    """Copy the state and go on; files are written under the steps that follow."""
 
 
 class ObserveConfig(Section):
@@ -168,6 +234,16 @@ class ObserveConfig(Section):
     """Write RUN/tensorboard/ as well as RUN/metrics.jsonl."""
     peak_tflops: PositiveFloat | None = None
     """One device's peak, for MFU; when not given, a table by GPU name, or a measured matrix product on CPU."""
+    sample_interval: NonNegativeInt = 0
+    """Continue `sample_prompts` every this many steps; 0: never."""
+    sample_prompts: tuple[Text, ...] = ("The",)
+    """What the samples begin with; needs data.tokenizer."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of a profile, written to RUN/profile/ as a Chrome trace for each rank."""
+    memory_snapshot_step: PositiveInt | None = None
+    """After this step each rank on a GPU writes its allocator's history to RUN/profile/."""
+    wandb_project: Text | None = None
+    """Send metrics to Weights & Biases too (WANDB_MODE=offline keeps them on disk)."""
 
 
 class Config(Section):

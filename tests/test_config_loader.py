@@ -77,8 +77,8 @@ BAD_FILES = {
     ),
     "unknown dtype": (
         "  steps: 100",
-        "  steps: 100\n  dtype: float16",
-        [r"train\.dtype=float16: must be one of float32, bfloat16, float64"],
+        "  steps: 100\n  dtype: float8",
+        [r"train\.dtype=float8: must be one of float32, bfloat16, float16, float64"],
     ),
     "section is not a mapping": ("optim:", "observe: 3\noptim:", [r"observe=3: must be a mapping with the keys log_interval"]),
     "missing key": ("  mlp_size: 128\n", "", [r"model\.mlp_size: required, but not given: Width F", r"good\.yaml:2\)"]),

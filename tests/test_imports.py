@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "comm": (),
     "kernels": ("comm", "native"),
     "data": ("config", "batch", "comm", "native"),
-    "models": ("config", "layout", "kernels", "comm.random"),
+    "models": ("config", "layout", "batch", "kernels", "comm.random"),
     "parallel": ("config", "layout", "comm", "kernels"),
     "pipeline": ("config", "batch", "comm"),
     "optim": ("config", "layout", "comm", "kernels"),

@@ -2,14 +2,18 @@
 
 Plain PyTorch on one device, and the reference that parallel runs are compared with. How it is cut over ranks is the data in
 TENSOR_PARALLEL_PLAN; what keeps that sound: local sizes come from tensor shapes, everything between blocks is pointwise over S,
-positions are an argument. A pipeline stage is the same class with fewer layers, under their global names.
+positions are an argument. A pipeline stage is the same class with fewer layers, under their global names: one or more chunks, each
+a range of layers that runs by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from megatronish.batch import TokenContext
 from megatronish.config import ModelConfig
 from megatronish.kernels.attention import attention
 from megatronish.kernels.rotary import rotary_tables, split_rotary
@@ -78,34 +82,39 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The layers `layers` of the model, with the embedding before and the head after them where asked."""
+    """The layers of `chunks`, with the embedding before the model's first layer and the head after its last."""
 
     embedding: Embedding | None
     final_norm: RMSNorm | None
     head: Linear | None
 
     def __init__(
-        self, config: ModelConfig, *, layers: range, has_embedding: bool, has_head: bool, dtype: torch.dtype, device: str = "cpu"
+        self, config: ModelConfig, *, chunks: Sequence[range] | None = None, dtype: torch.dtype, device: str = "cpu"
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.chunks = tuple(chunks) if chunks is not None else (range(config.num_layers),)
+        has_embedding = any(layers.start == 0 for layers in self.chunks)
+        has_head = any(layers.stop == config.num_layers for layers in self.chunks)
         rows, D = config.padded_vocab_size, config.hidden_size
         self.embedding = Embedding(rows, D, dtype=dtype, device=device) if has_embedding else None
-        self.layers = nn.ModuleDict({str(i): Block(config, dtype=dtype, device=device) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Block(config, dtype=dtype, device=device) for layers in self.chunks for i in layers})
         self.final_norm = RMSNorm(D, config.norm_eps, dtype=dtype, device=device) if has_head else None
         self.head = Linear(D, (rows,), dtype=dtype, device=device) if has_head else None
 
-    def forward(self, x: Tensor, positions_SB: Tensor) -> Tensor:
-        """Tokens [S, B] (with the embedding) or activations [S, B, D] -> activations, or logits [S, B, V] (with the head)."""
-        if self.embedding is not None:
+    def forward(self, x: Tensor, context: TokenContext, chunk: int = 0) -> Tensor:
+        """Run one chunk: tokens [S, B] (first layer of the model) or activations [S, B, D] -> activations, or logits [S, B, V]
+        (last layer)."""
+        config, layers = self.config, self.chunks[chunk]
+        if layers.start == 0:
+            assert self.embedding is not None
             x = self.embedding(x)
-        config = self.config
-        cos, sin = rotary_tables(positions_SB, head_size=config.head_size, theta=config.rope_theta, dtype=self.dtype)
-        for block in self.layers.values():
-            x = block(x, cos, sin)
-        if self.head is not None:
-            assert self.final_norm is not None
+        cos, sin = rotary_tables(context.positions_SB, head_size=config.head_size, theta=config.rope_theta, dtype=self.dtype)
+        for i in layers:
+            x = self.layers[str(i)](x, cos, sin)
+        if layers.stop == config.num_layers:
+            assert self.final_norm is not None and self.head is not None
             x = self.head(self.final_norm(x))
         return x
 

@@ -36,7 +36,7 @@ class Stage:
             received.requires_grad_()
         with torch.set_grad_enabled(keep):
             inputs = batch.tokens_SB if self.is_first else received
-            output = self.model(inputs, batch.positions_SB)
+            output = self.model(inputs, batch.context)
             if self.is_last:
                 output = self.loss_function(output, batch)
         if keep:

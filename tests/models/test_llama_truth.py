@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatronish.assemble import assemble, mesh_shape
+from megatronish.batch import TokenContext
 from megatronish.config import Config, ModelConfig
 from megatronish.errors import UserError
 from megatronish.interop.llama import from_hugging_face, hugging_face_config, name_map, to_hugging_face
@@ -45,7 +46,7 @@ def their_model(config: ModelConfig, sequence_length: int, dtype: torch.dtype) -
 
 
 def our_model(config: ModelConfig, theirs: nn.Module, dtype: torch.dtype) -> Llama:
-    model = Llama(config, layers=range(config.num_layers), has_embedding=True, has_head=True, dtype=dtype)
+    model = Llama(config, dtype=dtype)
     model.load_state_dict(from_hugging_face(config, theirs.state_dict()))
     return model
 
@@ -57,15 +58,16 @@ def both(fields: dict[str, Any], dtype: torch.dtype) -> tuple[ModelConfig, Llama
     return config, our_model(config, theirs, dtype), theirs, tokens_SB
 
 
-def positions_like(tokens_SB: Tensor) -> Tensor:
-    return torch.arange(tokens_SB.shape[0])[:, None].expand(tokens_SB.shape)
+def context_of(tokens_SB: Tensor) -> TokenContext:
+    S, B = tokens_SB.shape
+    return TokenContext(torch.arange(S)[:, None].expand(S, B), torch.arange(B))
 
 
 @shapes
 def test_logits_equal_hugging_face(fields: dict[str, Any]) -> None:
     config, ours, theirs, tokens_SB = both(fields, torch.float32)
     with torch.no_grad():
-        got = ours(tokens_SB, positions_like(tokens_SB))[..., : config.vocab_size]
+        got = ours(tokens_SB, context_of(tokens_SB))[..., : config.vocab_size]
         expected = theirs(tokens_SB.t()).logits.transpose(0, 1)
     assert expected.std() > 0.5  # else a small difference would say little
     assert (got - expected).abs().max() < 1e-4
@@ -104,7 +106,7 @@ def test_every_gradient_equals_hugging_face(fields: dict[str, Any], wide: bool, 
     if wide:
         widen(theirs, config)
     labels = tokens_SB.roll(-1, 0)
-    logits = ours(tokens_SB, positions_like(tokens_SB))[..., : config.vocab_size]
+    logits = ours(tokens_SB, context_of(tokens_SB))[..., : config.vocab_size]
     nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     nn.functional.cross_entropy(theirs(tokens_SB.t()).logits.transpose(0, 1).flatten(0, 1), labels.flatten()).backward()
     got = to_hugging_face(config, {name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
@@ -118,7 +120,7 @@ def test_the_name_map_is_total_and_reversible(fields: dict[str, Any]) -> None:
     config = ModelConfig.model_validate(fields)
     theirs = their_model(config, 8, torch.float32).state_dict()
     ours = from_hugging_face(config, theirs)
-    plain = Llama(config, layers=range(config.num_layers), has_embedding=True, has_head=True, dtype=torch.float32, device="meta")
+    plain = Llama(config, dtype=torch.float32, device="meta")
     assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in plain.named_parameters()}
     assert list(name_map(config)) == [name for name, _ in plain.named_parameters()]
     back = to_hugging_face(config, ours)

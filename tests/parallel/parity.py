@@ -180,7 +180,7 @@ def plain_model(config: Config) -> nn.Module:
     """The whole model on one device, with the weights that every layout starts from."""
     architecture = MODELS[config.model.architecture]
     dtype = getattr(torch, config.train.dtype)
-    model = architecture.module(config.model, layers=range(config.model.num_layers), has_embedding=True, has_head=True, dtype=dtype)
+    model = architecture.module(config.model, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             std = architecture.init_std(config.model, name)
@@ -205,7 +205,7 @@ def reference(case: Case) -> Reference:
     result = Reference([], [], [], {})
     for step in range(1, NUM_STEPS + 1):
         batch = global_batch(config, step)
-        logits = model(batch.tokens_SB, batch.positions_SB)[..., : config.model.vocab_size]
+        logits = model(batch.tokens_SB, batch.context)[..., : config.model.vocab_size]
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_SB.flatten(), reduction="none")
         loss = (losses * batch.loss_mask_SB.flatten()).sum() / batch.loss_mask_SB.sum()
         optimizer.zero_grad()
