@@ -1,58 +1,16 @@
-"""A pool of real processes that form gloo process groups: `ranks(4).run(function, ...)` runs it on ranks 0..3 for their results.
-
-Processes are started once, by forkserver with torch loaded (0.3 s; spawn takes seconds, plain fork hangs once torch has threads),
-and form a new group for each call. A rank that raises fails the test with its own traceback; the pool is then thrown away, since
-its peers may hang.
-"""
+"""The one pool of real processes that all tests share: `ranks(4).run(function, ...)` runs it on ranks 0..3 of gloo groups."""
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import os
-import tempfile
-import threading
-import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from megatronish.comm.local_ranks import RankError, RankPool
 
-from megatronish.comm.recording import Recorder, register_recording_backend
+__all__ = ["MAX_RANKS", "RankError", "Ranks", "ranks", "shut_down"]
 
 MAX_RANKS = 8
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "tests.preload"])
-
-
-class RankError(AssertionError):
-    """A rank failed; the text holds its traceback."""
-
-
-class _Pool:
-    def __init__(self) -> None:
-        self.workers: list[tuple[Any, Connection]] = []
-
-    def grow(self, count: int) -> None:
-        while len(self.workers) < count:
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self.workers.append((process, ours))
-
-    def drop(self) -> None:
-        for process, connection in self.workers:
-            process.kill()
-            connection.close()
-        for process, _ in self.workers:
-            process.join()
-        self.workers = []
-
-
-_pool = _Pool()
+_pool = RankPool(preload=("megatronish.verify.preload",))
 
 
 class Ranks:
@@ -62,76 +20,9 @@ class Ranks:
         assert 1 <= count <= MAX_RANKS
         self.count = count
 
-    def run(
-        self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, recorded: bool = False, **kwargs: Any
-    ) -> list[Any]:
-        """Call `function(rank, *args, **kwargs)`, a module-level function, on every rank; results in the order of ranks.
-
-        recorded: gloo groups are wrapped by the recorder, and the function gets a `recorder` as well."""
-        _pool.grow(self.count)
-        workers = _pool.workers[: self.count]
-        with tempfile.TemporaryDirectory() as folder:
-            for rank, (_, connection) in enumerate(workers):
-                connection.send((function, rank, self.count, os.path.join(folder, "store"), recorded, args, kwargs))
-            results = self._collect({connection: rank for rank, (_, connection) in enumerate(workers)}, timeout)
-        return [results[rank] for rank in range(self.count)]
-
-    def _collect(self, waiting: dict[Connection, int], timeout: float) -> dict[int, Any]:
-        results: dict[int, Any] = {}
-        while waiting:
-            ready = wait(list(waiting), timeout=timeout)
-            if not ready:
-                missing = sorted(waiting.values())
-                _pool.drop()
-                raise RankError(f"ranks {missing} gave no result within {timeout} s")
-            for connection in ready:
-                assert isinstance(connection, Connection)
-                rank = waiting.pop(connection)
-                try:
-                    ok, value = connection.recv()
-                except EOFError:
-                    ok, value = False, "the process died"
-                if not ok:
-                    _pool.drop()
-                    raise RankError(f"rank {rank} failed:\n{value}")
-                results[rank] = value
-        return results
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _serve(connection: Connection) -> None:
-    torch.set_num_threads(1)
-    # A killed test run must not leave ranks computing.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
-            function, rank, world_size, store_file, recorded, args, kwargs = connection.recv()
-        except EOFError:
-            return
-        try:
-            backend = "gloo"
-            if recorded:
-                kwargs["recorder"] = Recorder()
-                backend = register_recording_backend(kwargs["recorder"], wrap_gloo=True)
-            if world_size > 1:
-                dist.init_process_group(backend, store=dist.FileStore(store_file, world_size), rank=rank, world_size=world_size)
-            result = (True, function(rank, *args, **kwargs))
-        except BaseException:
-            result = (False, traceback.format_exc())
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        # A group that a cycle of hooks keeps alive keeps its threads too, and gloo's spin once their peers are gone: 800 busy
-        # threads after fifty cases.
-        kwargs = args = function = None
-        gc.collect()
-        connection.send(result)
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """`RankPool.run` on this many ranks."""
+        return _pool.run(self.count, function, *args, **kwargs)
 
 
 def ranks(count: int) -> Ranks:
@@ -141,4 +32,4 @@ def ranks(count: int) -> Ranks:
 
 def shut_down() -> None:
     """End all processes of the pool."""
-    _pool.drop()
+    _pool.close()

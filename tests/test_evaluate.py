@@ -19,7 +19,7 @@ from megatronish.data.gpt_dataset import GPTDataset
 from megatronish.data.tokenize import tokenize
 from megatronish.data.tokenizer import load_tokenizer, train_tokenizer
 from megatronish.parallel.mesh import build_mesh
-from tests.parallel.parity import plain_model
+from megatronish.verify.reference import plain_model
 from tests.ranks import ranks
 from tests.small_run import THREE_D, losses, megatronish, saved_tensors, write_run, write_tokens
 from tests.test_resume import train_life

@@ -14,7 +14,8 @@ from megatronish.config import Config
 from megatronish.errors import UserError
 from megatronish.parallel.mesh import build_mesh
 from megatronish.startup import config_facts, dry_batch, require_agreement, version_facts
-from tests.parallel.parity import Case, SlicedBatches
+from megatronish.verify.batches import SlicedBatches
+from tests.parallel.parity import Case
 from tests.ranks import ranks
 
 CPU = torch.device("cpu")
