@@ -6,7 +6,7 @@ import difflib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     try:
         config = Config.model_validate(document.values)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = one_a_mistake(error.errors(include_url=False))
         lines = [_describe(detail, document, str(path)) for detail in details]
         partial = _partial_config(document.values, details)
         problems = find_problems(partial, world_size, partial=True)
@@ -137,7 +137,26 @@ def _sections() -> dict[str, type[Section]]:
     }
 
 
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation, and what it is made of."""
+    yield annotation
+    if get_origin(annotation) is not Literal:
+        for part in get_args(annotation):
+            yield from _parts(part)
+
+
+def _nested(annotation: Any) -> Iterator[type[Section]]:
+    """The sections inside an annotation."""
+    yield from (part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, Section))
+
+
 SECTIONS = _sections()
+FIELD_NAMES = set(Config.model_fields) | {
+    name
+    for section in SECTIONS.values()
+    for model in (section, *(nested for info in section.model_fields.values() for nested in _nested(info.annotation)))
+    for name in model.model_fields
+}
 
 
 def all_keys() -> Iterator[str]:
@@ -156,22 +175,40 @@ def _where(document: Document, keys: Sequence[str]) -> str:
     return ""
 
 
+def one_a_mistake(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """A value that fits none of several types gives pydantic an error for each; keep the one that looked deepest into it.
+
+    A list is compared with the list type and a mapping with the section; a plain value has no depth, so the first, plain type."""
+    kept: dict[tuple[str, ...], ErrorDetails] = {}
+    for detail in details:
+        location = _key_path(detail)
+        tells = len(location) if len(location) < len(detail["loc"]) else 0  # 0: no union
+        key = location[:2] if tells else (*location, detail["type"])
+        if key not in kept or tells > len(_key_path(kept[key])):
+            kept[key] = detail
+    return list(kept.values())
+
+
 def _describe(detail: ErrorDetails, document: Document, path: str) -> str:
     """One line for one error of pydantic: key=value: what it must be (place)."""
-    location = _key_path(detail["loc"])
+    location = _key_path(detail)
     key, kind, value = ".".join(location), detail["type"], detail["input"]
+    nearest = (location[:depth] for depth in range(len(location) - (kind == "missing"), 0, -1))
+    place = f" ({next((document.places[above] for above in nearest if above in document.places), path)})"
     if kind == "missing":
-        return f"{key}: required, but not given: {_doc(location)} ({document.places.get(location[:-1], path)})"
-    place = f" ({document.places.get(location, path)})"
+        return f"{key}: required, but not given: {_doc(location)}{place}"
     if kind == "extra_forbidden":
         return f"{key}: unknown key{_suggest(location)}{place}"
     return f"{key}={_short(value)}: {_need(detail, location)}{place}"
 
 
-def _key_path(loc: tuple[int | str, ...]) -> KeyPath:
-    """The part of pydantic's location that names keys."""
-    depth = 2 if loc and loc[0] in SECTIONS else 1
-    return tuple(str(part) for part in loc[:depth])
+def _key_path(detail: ErrorDetails) -> KeyPath:
+    """The part of pydantic's location that names keys and places in lists, without the names of a union's types."""
+    loc = detail["loc"]
+    if not loc or loc[0] not in SECTIONS:
+        return tuple(str(part) for part in loc[:1])
+    unknown = loc[2:][-1:] if detail["type"] == "extra_forbidden" else ()
+    return (*map(str, loc[:2]), *(str(part) for part in loc[2:] if isinstance(part, int) or part in (*FIELD_NAMES, *unknown)))
 
 
 def _need(detail: ErrorDetails, location: KeyPath) -> str:
@@ -192,8 +229,12 @@ def _need(detail: ErrorDetails, location: KeyPath) -> str:
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"must be an integer; write {int(value)}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"must be a mapping with the keys {', '.join(SECTIONS[location[0]].model_fields)}"
+        section = next(_nested(_walk(location)[1].annotation))
+        return f"must be a mapping with the keys {', '.join(section.model_fields)}"
+    if kind in ("too_long", "too_short"):
+        return f"must have {context.get('max_length', context.get('min_length'))} values, not {context['actual_length']}"
     fixed = {
+        "tuple_type": "must be a list",
         "int_type": "must be an integer",
         "float_type": "must be a number",
         "bool_type": "must be true or false",
@@ -205,13 +246,21 @@ def _need(detail: ErrorDetails, location: KeyPath) -> str:
     return fixed.get(kind, detail["msg"])
 
 
-def _field(location: KeyPath) -> Any:
-    model: type[BaseModel] = Config if len(location) == 1 else SECTIONS[location[0]]
-    return model.model_fields[location[-1]]
+def _walk(location: KeyPath) -> tuple[type[BaseModel], Any]:
+    """The section that the last key of `location` is in, or would be, and the field of the last key that is one."""
+    model: type[BaseModel] = Config
+    info: Any = None
+    for depth, key in enumerate(location):
+        if key in model.model_fields:
+            info = model.model_fields[key]
+            if depth < len(location) - 1:
+                model = next(_nested(info.annotation), model)
+    return model, info
 
 
 def _choices(location: KeyPath) -> tuple[Any, ...]:
-    return get_args(_field(location).annotation)
+    literals = [part for part in _parts(_walk(location)[1].annotation) if get_origin(part) is Literal]
+    return tuple(dict.fromkeys(choice for literal in literals for choice in get_args(literal)))
 
 
 def _doc(location: KeyPath) -> str:
@@ -219,12 +268,12 @@ def _doc(location: KeyPath) -> str:
     if section is not None:
         missing = [name for name, info in section.model_fields.items() if info.is_required()]
         return f"a section with at least {', '.join(missing)}"
-    return str(_field(location).description or "").split("\n")[0].rstrip(".")
+    return str(_walk(location)[1].description or "").split("\n")[0].rstrip(".")
 
 
 def _suggest(location: KeyPath) -> str:
     """`; did you mean ...?`: a like name in the same section, or the same name in another."""
-    key, siblings = location[-1], list(SECTIONS[location[0]].model_fields if len(location) == 2 else Config.model_fields)
+    key, siblings = location[-1], list(_walk(location)[0].model_fields)
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {'.'.join((*location[:-1], close[0]))}?"
@@ -236,6 +285,8 @@ def _suggest(location: KeyPath) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
     text = (
         "null"
         if value is None
@@ -261,7 +312,7 @@ def _looks_like_number(text: str) -> bool:
 
 def _partial_config(values: dict[str, Any], details: Sequence[ErrorDetails]) -> Config:
     """A Config without the fields that are wrong: reading one raises AttributeError, so constraints on it are left out."""
-    bad = {_key_path(detail["loc"]) for detail in details}
+    bad = {_key_path(detail)[:2] for detail in details}
     top: dict[str, Any] = {}
     for name, info in Config.model_fields.items():
         section = SECTIONS.get(name)

@@ -353,3 +353,26 @@ def test_the_schema_refuses_what_the_loader_refuses(old: str, new: str, where: s
     good.write_text(GOOD.replace(old, new))
     assert where in violations(read_yaml_file(good).values, schema, schema)
     errors_of(good)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.recompute=nne", "parallel.recompute=nne: must be one of none, selective, full; did you mean none?"),
+        ("parallel.recompute=[full,nne]", "parallel.recompute.1=nne: must be one of none, selective, full; did you mean none?"),
+        ("parallel.stage_layers=[4,x]", "parallel.stage_layers.1=x: must be an integer"),
+        ("parallel.stage_layers=8", "parallel.stage_layers=8: must be a list"),
+        ("observe.profile_steps=[1,2,3]", "observe.profile_steps=[1, 2, 3]: must have 2 values, not 3"),
+        ("data.train=[{prefix: a, weight: 0.0}]", "data.train.0.weight=0.0: must be > 0"),
+        ("data.train=7", "data.train=7: must be text"),
+        ("train.batch_ramp=4", "train.batch_ramp=4: must be a mapping with the keys start, increment, samples"),
+        (
+            "train.batch_ramp={start: 2, increment: 2, samples: 8, sample: 8}",
+            "train.batch_ramp.sample: unknown key; did you mean train.batch_ramp.samples?",
+        ),
+    ],
+)
+def test_a_mistake_inside_a_value_of_several_types_is_one_line(root: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(root / "configs" / "demo_cpu.yaml", [override])
+    assert str(caught.value) == f"{message} (command line)"
