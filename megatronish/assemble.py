@@ -7,6 +7,7 @@ model of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,8 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
         mesh=mesh,
         batches=batches,
         pipeline=build_pipeline(config, mesh, cut.model),
-        train_steps=training_steps(mesh, config.num_microbatches(mesh.shape.num_ranks)),
+        # Lowered when first asked for: a ramp of the batch size has several.
+        train_steps=cache(partial(training_steps, mesh)),
         evaluation_steps=evaluation_steps(config, mesh),
         grads=grads,
         optimizer=optimizer,

@@ -65,6 +65,7 @@ def save(
     Collective over the job; waits for the device and the disk."""
     run.optimizer.ensure_parameters()
     config, mesh, layout = run.config, run.mesh, run.cut.layout
+    consumed_samples = config.batch_schedule.consumed_after(step)
     return save_checkpoint(
         root,
         step=step,
@@ -73,8 +74,8 @@ def save(
         shapes=tensor_specs(config, layout),
         state={
             "step": step,
-            "consumed_samples": step * config.train.global_batch_size,
-            "consumed_tokens": step * config.train.global_batch_size * config.data.sequence_length,
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_samples * config.data.sequence_length,
             "data_fingerprint": f"{data_fingerprint:016x}",
             "config": config.model_dump(),
             "layout": {"tp": mesh.shape.tp, "pp": mesh.shape.pp, "dp": mesh.shape.dp},

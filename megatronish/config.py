@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatronish.batch_schedule import BatchSchedule
+
 # Integers travel between ranks as int64.
 PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -267,12 +269,17 @@ class Config(Section):
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.tokens is not None, "constraints.py refuses a config with neither"
-        return -(-self.train.tokens // (self.train.global_batch_size * self.data.sequence_length))
+        return self.batch_schedule.steps_for(-(-self.train.tokens // self.data.sequence_length))
+
+    @property
+    def batch_schedule(self) -> BatchSchedule:
+        """Which samples each step takes."""
+        return BatchSchedule.of(self.train.global_batch_size, self.train.batch_ramp)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas in a world of `world_size` ranks (constraints.py refuses a remainder)."""
         return self.parallel.data or world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     def num_microbatches(self, world_size: int) -> int:
-        """Microbatches of one rank in one step (constraints.py refuses a remainder)."""
+        """Microbatches of one rank in one step, after a ramp of the batch size (constraints.py refuses a remainder)."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))

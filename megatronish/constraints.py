@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatronish.config import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from megatronish.config import BatchRamp, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,66 @@ RANKS = (
     ),
 )
 
+
+def _ramp(c: Layout) -> BatchRamp:
+    assert c.train.batch_ramp is not None
+    return c.train.batch_ramp
+
+
+def _ramp_reaches(c: Layout) -> bool:
+    rest = c.train.global_batch_size - _ramp(c).start
+    return rest > 0 and rest % _ramp(c).increment == 0
+
+
+def _ramp_uneven(c: Layout) -> dict[str, int]:
+    """What of the ramp does not divide into microbatches on every data rank. The full batch has a row of its own."""
+    sizes = {"train.batch_ramp.start": _ramp(c).start, "train.batch_ramp.increment": _ramp(c).increment}
+    return {key: size for key, size in sizes.items() if size % (c.samples_at_once or 1)}
+
+
+RAMP = (
+    Constraint(
+        name="train.batch_ramp reaches train.global_batch_size",
+        keys=("train.batch_ramp", "train.global_batch_size"),
+        applies=lambda c: c.train.batch_ramp is not None,
+        holds=_ramp_reaches,
+        message=lambda c: (
+            f"train.batch_ramp.start={_ramp(c).start} does not reach train.global_batch_size={c.train.global_batch_size} in whole "
+            f"steps of train.batch_ramp.increment={_ramp(c).increment}; change one of the three, for example "
+            + (
+                f"train.global_batch_size to {_ramp(c).start + _ramp(c).increment}"
+                if _ramp(c).start >= c.train.global_batch_size
+                else f"train.batch_ramp.increment to "
+                f"{divisors_near(c.train.global_batch_size - _ramp(c).start, _ramp(c).increment)}"
+            )
+        ),
+    ),
+    Constraint(
+        name="train.batch_ramp % (train.micro_batch_size x data)",
+        keys=("train.batch_ramp", "train.micro_batch_size", "parallel.data"),
+        applies=lambda c: c.train.batch_ramp is not None and _ramp_reaches(c) and _batch_divides(c),
+        holds=lambda c: not _ramp_uneven(c),
+        message=lambda c: (
+            f"{', '.join(f'{key}={size}' for key, size in _ramp_uneven(c).items())}: not divisible by train.micro_batch_size="
+            f"{c.train.micro_batch_size} x {c.replicas} data ranks = {c.samples_at_once}; set it to "
+            f"{multiples_near(c.samples_at_once or 1, next(iter(_ramp_uneven(c).values())))}"
+        ),
+    ),
+    Constraint(
+        name="microbatches of train.batch_ramp.start >= parallel.pipeline",
+        keys=("train.batch_ramp", "train.micro_batch_size", "parallel.pipeline"),
+        applies=lambda c: (
+            c.train.batch_ramp is not None and c.samples_at_once is not None and not _ramp_uneven(c) and _layers_suffice(c)
+        ),
+        holds=lambda c: _ramp(c).start // (c.samples_at_once or 1) >= c.parallel.pipeline,
+        message=lambda c: (
+            f"train.batch_ramp.start={_ramp(c).start} makes {_ramp(c).start // (c.samples_at_once or 1)} microbatches on each of "
+            f"{c.replicas} data ranks, fewer than parallel.pipeline={c.parallel.pipeline}: stages would never all work; set "
+            f"train.batch_ramp.start to at least {(c.samples_at_once or 0) * c.parallel.pipeline}"
+        ),
+    ),
+)
+
 SCHEDULE = (
     Constraint(
         name="train.steps or train.tokens",
@@ -347,6 +407,16 @@ DATA = (
             f"data.validation_fraction, or train.eval_interval to 0"
         ),
     ),
+    Constraint(
+        name="train.patience needs train.eval_interval",
+        keys=("train.patience", "train.eval_interval"),
+        applies=lambda c: c.train.patience is not None,
+        holds=lambda c: c.train.eval_interval > 0,
+        message=lambda c: (
+            f"train.patience={c.train.patience} counts evaluations, but train.eval_interval={c.train.eval_interval} makes none; "
+            "set train.eval_interval above 0, or remove train.patience"
+        ),
+    ),
     *(
         Constraint(
             name=f"data.{field} is a prefix",
@@ -369,4 +439,30 @@ def _data_advice(c: Layout) -> str:
     return f"start a multiple of {c.model_ranks} ranks, or change parallel.tensor or parallel.pipeline"
 
 
-CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *SCHEDULE, *DATA)
+def _profile(c: Layout) -> tuple[int, int]:
+    assert c.config.observe.profile_steps is not None
+    return c.config.observe.profile_steps
+
+
+OBSERVE = (
+    Constraint(
+        name="observe.sample_interval needs data.tokenizer",
+        keys=("observe.sample_interval", "data.tokenizer"),
+        applies=lambda c: c.config.observe.sample_interval > 0,
+        holds=lambda c: c.data.tokenizer is not None and len(c.config.observe.sample_prompts) > 0,
+        message=lambda c: (
+            f"observe.sample_interval={c.config.observe.sample_interval} continues text, but "
+            + ("data.tokenizer is not given; set it" if c.data.tokenizer is None else "observe.sample_prompts is empty; give one")
+            + ", or observe.sample_interval to 0"
+        ),
+    ),
+    Constraint(
+        name="observe.profile_steps is a window",
+        keys=("observe.profile_steps",),
+        applies=lambda c: c.config.observe.profile_steps is not None,
+        holds=lambda c: _profile(c)[0] <= _profile(c)[1],
+        message=lambda c: f"observe.profile_steps={list(_profile(c))}: its first step is after its last; set {sorted(_profile(c))}",
+    ),
+)
+
+CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *RAMP, *SCHEDULE, *DATA, *OBSERVE)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from megatronish import __version__
-from megatronish.assemble import Assembly, training_steps
+from megatronish.assemble import Assembly
 from megatronish.comm import Group, all_gather
 from megatronish.comm.host import read_scalar, read_values
 from megatronish.config import Config
@@ -72,7 +72,7 @@ def dry_batch(run: Assembly, step: int) -> float:
     count = min(config.num_microbatches(run.mesh.shape.num_ranks), pp)
     batch = trainer.batches.batch(step).microbatches(count * config.train.micro_batch_size)[0]
     num_targets = trainer.count_targets(batch)
-    loss_sum = trainer.accumulate_gradients(batch, num_targets, steps=training_steps(run.mesh, count))
+    loss_sum = trainer.accumulate_gradients(batch, num_targets)
     trainer.grads.finish()
     loss, norm = trainer.join_scalars(loss_sum / num_targets)
     finite, loss_value, norm_value = read_values(

@@ -7,23 +7,20 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatronish import checkpointing, formulas
+from megatronish.after_step import AfterStep
 from megatronish.assemble import DTYPES, Assembly, assemble, draw_weights, mesh_shape
-from megatronish.checkpoint.storage import FileStorage, Storage
 from megatronish.comm import barrier, streams
 from megatronish.comm.groups import world_group
-from megatronish.comm.host import read_values
 from megatronish.config import Config
 from megatronish.config_loader import load_config
-from megatronish.data.gpt_dataset import GPTDataset, TokenDataset
-from megatronish.data.loader import BatchLoader, evaluation_batches
+from megatronish.data.gpt_dataset import TokenDataset
+from megatronish.data.loader import BatchLoader
 from megatronish.errors import UserError
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
@@ -35,37 +32,7 @@ from megatronish.parallel.rendezvous import Place, connect, disconnect, find_pla
 from megatronish.rank_failure import RankGuard
 from megatronish.run_folder import RunFolder
 from megatronish.startup import config_facts, dry_batch, require_agreement, version_facts
-from megatronish.text_measure import TextMeasure
-from megatronish.trainer import StepResult
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """What a run reads."""
-
-    train: TokenDataset
-    validation: TokenDataset | None
-    measure: TextMeasure | None
-    """Counts the bytes of the validation text, where a tokenizer is given."""
-
-
-def open_datasets(config: Config) -> Datasets:
-    """Open both sets in O(1) reads; UserError if they do not fit the config."""
-    data, open_set = (
-        config.data,
-        partial(GPTDataset, sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size),
-    )
-    if data.validation is not None:
-        train, validation = open_set(data.train), open_set(data.validation)
-    elif data.validation_fraction > 0:
-        split = partial(open_set, data.train, validation_fraction=data.validation_fraction)
-        train, validation = split(split="train"), split(split="validation")
-    else:
-        train, validation = open_set(data.train), None
-    measure = None
-    if data.tokenizer is not None:
-        measure = TextMeasure.load(data.tokenizer, vocab_size=config.model.vocab_size)
-    return Datasets(train, validation, measure)
+from megatronish.surroundings import Datasets, Share, Surroundings, open_datasets
 
 
 def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
@@ -115,26 +82,6 @@ def run_facts(config: Config, datasets: Datasets) -> dict[str, str]:
     return config_facts(config) | version_facts() | {name: f"{value:016x}" for name, value in fingerprints.items()}
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a run touches beside its ranks. A rehearsal gives a disk that keeps nothing, and no thread."""
-
-    folder: RunFolder
-    log: logging.Logger
-    token: str
-    """Names this launch of the run."""
-    storage: Storage = field(default_factory=FileStorage)
-    prefetch: Literal["thread", "none"] = "thread"
-    device_copy: Callable[[Tensor], Tensor] | None = None
-    """None: to the mesh's device."""
-    ranks_per_host: int = 1
-
-    @property
-    def keeps_files(self) -> bool:
-        """False in a rehearsal."""
-        return isinstance(self.storage, FileStorage)
-
-
 def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroundings) -> None:
     """One rank's whole run: build, resume or draw, check, train. Collective over the job."""
     log, is_writer = around.log, mesh.rank == 0 and around.keeps_files
@@ -143,11 +90,11 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         share: Share = {
             "data_rank": mesh.index("dp"),
             "data_size": mesh.size("dp"),
-            "global_batch_size": config.train.global_batch_size,
             "device_copy": copy,
         }
-        # Step n of a run begins at sample (n - 1) x global batch, resumed or not: the batch size of a run is fixed.
-        loader = BatchLoader(datasets.train, seed=config.train.seed, first_step=1, prefetch=around.prefetch, **share)
+        # Which samples a step takes follows from the config alone, resumed or not.
+        schedule, seed = config.batch_schedule, config.train.seed
+        loader = BatchLoader(datasets.train, seed=seed, schedule=schedule, prefetch=around.prefetch, **share)
         run = assemble(config, mesh, stack.enter_context(loader))
         done = resume_or_draw(run, around.folder, datasets.train, log)
         if is_writer:
@@ -171,15 +118,6 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
             after(result)
 
 
-class Share(TypedDict):
-    """Which samples of each global batch are this rank's, and how they get to its device."""
-
-    data_rank: int
-    data_size: int
-    global_batch_size: int
-    device_copy: Callable[[Tensor], Tensor]
-
-
 def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log: logging.Logger) -> int:
     """Load the newest checkpoint that verifies, or draw first weights; the number of steps done."""
     # A refused checkpoint must be seen, but once: every rank learns the same verdict.
@@ -197,7 +135,7 @@ def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log:
         )
     folder.check_same_run(config_of(state), run.config)
     step, saved = int(state["step"]), state["layout"]
-    assert int(state["consumed_samples"]) == step * run.config.train.global_batch_size, "the batch size of a run is fixed"
+    assert int(state["consumed_samples"]) == run.config.batch_schedule.consumed_after(step), "the batch sizes of a run are fixed"
     layout = " ".join(f"{axis}{saved[axis]}" for axis in ("pp", "dp", "tp"))
     log.info("resumed after step %d, saved by layout %s, in %.1f s", step, layout, time.perf_counter() - started)
     return step
@@ -220,7 +158,7 @@ def log_facts(run: Assembly, datasets: Datasets, log: logging.Logger) -> None:
         config.train.micro_batch_size,
     )
     log.info("optimizer state of this rank: %.2f MiB in %d buckets", run.optimizer.state_bytes() / 2**20, len(run.cut.buckets))
-    samples = config.num_steps * config.train.global_batch_size
+    samples = config.batch_schedule.consumed_after(config.num_steps)
     log.info(
         "data: %d samples of %d tokens; %d steps read %.2f epochs",
         len(datasets.train),
@@ -245,110 +183,3 @@ def peak_tflops(config: Config, mesh: Mesh, ranks_per_host: int) -> float:
     measured = measure_matmul_tflops(DTYPES[config.train.dtype]) if mesh.rank == 0 else math.nan
     barrier(mesh.groups["world"])
     return measured / ranks_per_host
-
-
-@dataclass
-class AfterStep:
-    """What follows a step. Everything here is between steps: waiting for the device costs nothing that was not due."""
-
-    run: Assembly
-    datasets: Datasets
-    around: Surroundings
-    share: Share
-    metrics: MetricsWriter | None
-    progress: TrainingProgress | None
-    peak_tflops: float
-
-    def __post_init__(self) -> None:
-        self._since = (0, time.perf_counter())
-
-    def __call__(self, result: StepResult) -> None:
-        """Log, evaluate and save as the config says. Collective over the job."""
-        config, step = self.run.config, result.step
-        is_last = step == config.num_steps
-        must_save = is_last or (config.checkpoint.interval is not None and step % config.checkpoint.interval == 0)
-        if step % config.observe.log_interval == 0 or must_save or self._since[0] == 0:
-            self.report(result)
-        interval = config.train.eval_interval
-        if interval and (step % interval == 0 or is_last):
-            self.evaluate(step)
-        if must_save:
-            self.save(step)
-
-    def report(self, result: StepResult) -> None:
-        """Write the step's numbers: the only place of a step where the host waits for the device. Stops the run, on every rank, if
-        they are not finite: such weights must not push sound checkpoints out."""
-        config = self.run.config
-        loss, grad_norm = read_values(torch.stack((result.loss, result.grad_norm)), [1.0, 1.0])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise RuntimeError(
-                f"step {result.step}: loss {loss}, gradient norm {grad_norm}; the run stops, its last checkpoint is sound; a lower "
-                f"optim.lr={config.optim.lr} or a longer optim.warmup_steps={config.optim.warmup_steps} may help"
-            )
-        before, started = self._since
-        now = streams.wall_time(self.run.mesh.device)
-        self._since = (result.step, now)
-        seconds = (now - started) / (result.step - before) if before else sum(self.run.trainer.clock.read().values())
-        tokens_per_second = config.train.global_batch_size * config.data.sequence_length / seconds
-        mfu = formulas.mfu(
-            tokens_per_second,
-            flops_per_token=formulas.flops_per_token(config.model, config.data.sequence_length),
-            num_devices=self.run.mesh.shape.num_ranks,
-            peak_tflops=self.peak_tflops,
-        )
-        values = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": result.lr,
-            "tokens_per_second": tokens_per_second,
-            "mfu": mfu,
-            "step_seconds": seconds,
-            "consumed_samples": result.step * config.train.global_batch_size,
-            "consumed_tokens": result.step * config.train.global_batch_size * config.data.sequence_length,
-        }
-        values |= {f"seconds/{phase}": spent for phase, spent in self.run.trainer.clock.read().items()}
-        if self.metrics is not None:
-            self.metrics.write(result.step, values)
-        if self.progress is not None:
-            self.progress.update(result.step, loss=loss, tokens_per_second=tokens_per_second, mfu=mfu)
-
-    def evaluate(self, step: int) -> None:
-        """Held-out loss, perplexity and bits per byte after `step`. Collective over the job."""
-        config, mesh, validation = self.run.config, self.run.mesh, self.datasets.validation
-        if validation is None or not config.train.eval_interval:
-            return
-        started = streams.wall_time(mesh.device)
-        batches = evaluation_batches(validation, num_batches=config.train.eval_steps, **self.share)
-        loss_sum, num_targets = read_values(torch.stack(self.run.trainer.evaluate(batches)), [1.0, 1.0])
-        values = {"eval_loss": loss_sum / num_targets, "eval_perplexity": math.exp(min(loss_sum / num_targets, 700.0))}
-        # One rank reads the text for it.
-        if self.metrics is not None and self.datasets.measure is not None:
-            num_samples = config.train.eval_steps * config.train.global_batch_size
-            values["eval_bits_per_byte"] = self.datasets.measure.bits_per_byte(validation, loss_sum, num_samples)
-        if self.metrics is not None:
-            self.metrics.write(step, values)
-        if self.progress is not None:
-            text = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in values.items())
-            self.progress.print(f"step {step}: held-out {text}")
-        self._skip(time.perf_counter() - started)
-
-    def save(self, step: int) -> None:
-        """Save a checkpoint after `step`. Collective over the job."""
-        started = streams.wall_time(self.run.mesh.device)
-        is_first = self.run.mesh.rank == 0
-        path = checkpointing.save(
-            self.run,
-            self.around.folder.checkpoints,
-            step=step,
-            data_fingerprint=self.datasets.train.fingerprint,
-            token=self.around.token,
-            storage=self.around.storage,
-            log=self.around.log.warning if is_first else self.around.log.debug,
-        )
-        if is_first:  # which alone knows that the rename was done
-            self.around.log.info("saved %s in %.1f s", path, time.perf_counter() - started)
-        self._skip(time.perf_counter() - started)
-
-    def _skip(self, seconds: float) -> None:
-        """Leave time that was not training out of the next report's rate."""
-        self._since = (self._since[0], self._since[1] + seconds)

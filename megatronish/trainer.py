@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,8 +50,8 @@ class Trainer:
     mesh: Mesh
     batches: BatchSource
     pipeline: PipelineRuntime
-    train_steps: list[Step]
-    """This stage's lowered schedule."""
+    train_steps: Callable[[int], list[Step]]
+    """Number of microbatches -> this stage's lowered schedule."""
     evaluation_steps: list[Step]
     grads: GradBuffer
     optimizer: ZeroAdamW
@@ -85,14 +85,13 @@ class Trainer:
         """The global batch's number of target tokens, which every loss is divided by, once; a scalar in the gradients' dtype."""
         return all_reduce(batch.loss_mask_SB.sum(dtype=self.grads.flat[0].dtype), self.mesh.groups["dp"])
 
-    def accumulate_gradients(self, batch: Batch, num_targets: Tensor, *, steps: list[Step] | None = None) -> Tensor:
-        """Forward and backward of all microbatches: gradients into the buckets, the sum of this rank's token losses returned.
-
-        `steps`: another lowered schedule than the training step's."""
+    def accumulate_gradients(self, batch: Batch, num_targets: Tensor) -> Tensor:
+        """Forward and backward of all microbatches: gradients into the buckets, the sum of this rank's token losses returned."""
         self.grads.zero()
+        microbatches = batch.microbatches(self.config.train.micro_batch_size)
         return self.pipeline.run(
-            self.train_steps if steps is None else steps,
-            batch.microbatches(self.config.train.micro_batch_size),
+            self.train_steps(len(microbatches)),
+            microbatches,
             loss_gradient=1.0 / num_targets,
             before_last_backward=self.grads.begin_last_backward,
         )

@@ -28,6 +28,7 @@ def config_with(**changes: dict[str, Any]) -> Config:
         "optim": {"lr": 1e-3},
         "train": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 1},
         "parallel": {},
+        "observe": {},
     }
     return Config(name="x", **{name: {**fields, **changes.get(name, {})} for name, fields in sections.items()})  # type: ignore[arg-type]
 
@@ -216,6 +217,21 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
     "world % (tensor x pipeline)": ({"parallel": {"tensor": 4}}, 6, ("6", "4", "8")),
     "train.global_batch_size % (train.micro_batch_size x data)": ({"parallel": {"data": 3}}, None, ("8", "3", "6 or 9")),
     "microbatches >= parallel.pipeline": ({"parallel": {"pipeline": 4, "data": 4}}, None, ("8", "2", "4", "16")),
+    "train.batch_ramp reaches train.global_batch_size": (
+        {"train": {"batch_ramp": {"start": 3, "increment": 2, "samples": 50}}},
+        None,
+        ("3", "8", "increment=2", "1 or 5"),
+    ),
+    "train.batch_ramp % (train.micro_batch_size x data)": (
+        {"train": {"batch_ramp": {"start": 2, "increment": 2, "samples": 50}}, "parallel": {"data": 4}},
+        None,
+        ("start=2", "increment=2", "4 data ranks", "set it to 4"),
+    ),
+    "microbatches of train.batch_ramp.start >= parallel.pipeline": (
+        {"train": {"batch_ramp": {"start": 2, "increment": 2, "samples": 50}}, "parallel": {"pipeline": 4, "data": 1}},
+        None,
+        ("start=2", "2 microbatches", "pipeline=4", "at least 4"),
+    ),
     "train.steps or train.tokens": ({"train": {"tokens": 5}}, None, ("100", "5")),
     "optim.warmup_steps <= steps": ({"optim": {"warmup_steps": 101}}, None, ("101", "100")),
     "wsd needs optim.decay_steps": ({"optim": {"schedule": "wsd"}}, None, ("optim.decay_steps", "wsd")),
@@ -229,8 +245,15 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
     ),
     "data.validation differs from data.train": ({"data": {"validation": "t"}}, None, ("data.train",)),
     "train.eval_interval needs held-out data": ({"train": {"eval_interval": 9}}, None, ("9", "data.validation")),
+    "train.patience needs train.eval_interval": ({"train": {"patience": 3}}, None, ("3", "train.eval_interval=0")),
     "data.train is a prefix": ({"data": {"train": "corpus.bin"}}, None, ("corpus.bin", "write corpus,")),
     "data.validation is a prefix": ({"data": {"validation": "held.idx"}}, None, ("held.idx", "write held,")),
+    "observe.sample_interval needs data.tokenizer": (
+        {"data": {"tokenizer": None}, "observe": {"sample_interval": 5}},
+        None,
+        ("5", "data.tokenizer is not given"),
+    ),
+    "observe.profile_steps is a window": ({"observe": {"profile_steps": [9, 4]}}, None, ("[9, 4]", "[4, 9]")),
 }
 
 
@@ -299,5 +322,8 @@ def test_every_field_has_a_doc_line_and_every_section_is_frozen() -> None:
 
 
 def test_tokens_are_rounded_up_to_whole_steps() -> None:
+    ramp = {"start": 2, "increment": 2, "samples": 24}  # steps of 2, 2, 2, 2, 4, 4, 6, 6, then 8
+    assert config_with(train={"steps": None, "tokens": (28 + 8) * 32, "batch_ramp": ramp}).num_steps == 9
+    assert config_with(train={"steps": None, "tokens": 9 * 32, "batch_ramp": ramp}).num_steps == 5
     assert config_with(train={"steps": None, "tokens": 8 * 32 * 3 + 1}).num_steps == 4
     assert config_with(train={"steps": None, "tokens": 8 * 32 * 3}).num_steps == 3

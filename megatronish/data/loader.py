@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatronish.batch import Batch
+from megatronish.batch_schedule import BatchSchedule
 from megatronish.data.gpt_dataset import TokenDataset
 from megatronish.data.sampler import sample_ids, sample_numbers
 
@@ -31,8 +32,7 @@ def _identity(tensor: Tensor) -> Tensor:
 class BatchLoader:
     """`batch(step)` for any step, fastest in order.
 
-    Step `first_step` begins at sample `consumed_samples`: the two numbers that a checkpoint holds. Close it, or use it as a context
-    manager: it owns a thread (`prefetch="thread"`)."""
+    `schedule` says which samples a step takes. Close it, or use it as a context manager: it owns a thread (`prefetch="thread"`)."""
 
     def __init__(
         self,
@@ -41,27 +41,28 @@ class BatchLoader:
         seed: int,
         data_rank: int,
         data_size: int,
-        global_batch_size: int,
-        first_step: int = 0,
-        consumed_samples: int = 0,
+        schedule: BatchSchedule,
         device_copy: DeviceCopy = _identity,
         prefetch: Literal["thread", "none"] = "thread",
     ) -> None:
         self.dataset = dataset
         self._seed, self._fingerprint = seed, dataset.fingerprint
-        self._rank, self._size, self._batch = data_rank, data_size, global_batch_size
-        self._first_step, self._consumed = first_step, consumed_samples
+        self._rank, self._size, self._schedule = data_rank, data_size, schedule
         self._device_copy = device_copy
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch") if prefetch == "thread" else None
         self._ahead: tuple[int, Future[Batch]] | None = None
-        sample_numbers(consumed_samples=0, data_rank=data_rank, data_size=data_size, global_batch_size=global_batch_size)
-        self._constant: tuple[Tensor, Tensor] | None = None
+        for stage in schedule.stages:  # now rather than when its first step comes
+            self.sample_numbers(stage.first_step)
+        self._constant: dict[int, tuple[Tensor, Tensor]] = {}
 
     def sample_numbers(self, step: int) -> NDArray[np.int64]:
         """Global numbers of this rank's samples in `step`."""
-        assert step >= self._first_step
-        consumed = self._consumed + (step - self._first_step) * self._batch
-        return sample_numbers(consumed_samples=consumed, data_rank=self._rank, data_size=self._size, global_batch_size=self._batch)
+        return sample_numbers(
+            consumed_samples=self._schedule.first_sample(step),
+            data_rank=self._rank,
+            data_size=self._size,
+            global_batch_size=self._schedule.batch_size(step),
+        )
 
     def sample_ids(self, step: int) -> NDArray[np.int64]:
         """Places in the dataset of this rank's samples in `step`."""
@@ -98,9 +99,10 @@ class BatchLoader:
 
     def _make(self, step: int) -> Batch:
         tokens = self.dataset.tokens(self.sample_ids(step))
-        if self._constant is None:
-            self._constant = _mask_and_positions(np.ones(len(tokens), np.float32), tokens.shape[1] - 1, self._device_copy)
-        return _to_batch(tokens, self.sample_numbers(step), self._constant, self._device_copy)
+        if len(tokens) not in self._constant:
+            ones = np.ones(len(tokens), np.float32)
+            self._constant = {len(tokens): _mask_and_positions(ones, tokens.shape[1] - 1, self._device_copy)}
+        return _to_batch(tokens, self.sample_numbers(step), self._constant[len(tokens)], self._device_copy)
 
 
 def evaluation_batches(

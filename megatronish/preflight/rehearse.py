@@ -25,9 +25,10 @@ LOG = logging.getLogger("megatronish.rehearsal")
 
 
 def shortened(config: Config, world_size: int, *, num_microbatches: int, num_steps: int = 1) -> Config:
-    """The same run with fewer steps and microbatches: what is communicated a microbatch stays the same. One batch an evaluation."""
+    """The same run with fewer steps and microbatches: what is communicated a microbatch stays the same. One batch an evaluation, no
+    ramp of the batch size."""
     samples = config.train.micro_batch_size * config.data_parallel_size(world_size) * num_microbatches
-    cut = {"steps": num_steps, "tokens": None, "global_batch_size": samples, "eval_steps": 1}
+    cut = {"steps": num_steps, "tokens": None, "global_batch_size": samples, "batch_ramp": None, "eval_steps": 1}
     optim = config.optim.model_copy(update={"warmup_steps": 0, "decay_steps": num_steps})
     return config.model_copy(update={"train": config.train.model_copy(update=cut), "optim": optim})
 
@@ -35,7 +36,7 @@ def shortened(config: Config, world_size: int, *, num_microbatches: int, num_ste
 def synthetic_datasets(config: Config) -> Datasets:
     """Data that needs no files; a held-out set where the config has one."""
     S, V = config.data.sequence_length, config.model.vocab_size
-    train = SyntheticDataset(vocab_size=V, sequence_length=S, length=config.num_steps * config.train.global_batch_size)
+    train = SyntheticDataset(vocab_size=V, sequence_length=S, length=config.batch_schedule.consumed_after(config.num_steps))
     held_out = config.data.validation is not None or config.data.validation_fraction > 0
     return Datasets(train, train if held_out else None, None)
 

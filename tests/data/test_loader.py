@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from megatronish.batch_schedule import BatchSchedule, Stage
 from megatronish.data.gpt_dataset import GPTDataset, SyntheticDataset
 from megatronish.data.loader import BatchLoader, evaluation_batches
 from megatronish.errors import UserError
@@ -18,8 +19,10 @@ DATASET = SyntheticDataset(vocab_size=97, sequence_length=5, length=37)
 
 
 def loader(**changes) -> BatchLoader:
-    settings = {"seed": 3, "data_rank": 0, "data_size": 1, "global_batch_size": 4, **changes}
-    return BatchLoader(settings.pop("dataset", DATASET), **settings)
+    """`batch_size` samples a step, the first of which is step `first_step` and begins at sample `first_sample`."""
+    settings = {"seed": 3, "data_rank": 0, "data_size": 1, "first_step": 0, "first_sample": 0, "batch_size": 4, **changes}
+    stage = Stage(*(settings.pop(name) for name in ("first_step", "first_sample", "batch_size")))
+    return BatchLoader(settings.pop("dataset", DATASET), schedule=BatchSchedule((stage,)), **settings)
 
 
 def assert_equal(a, b):
@@ -42,7 +45,7 @@ def test_labels_are_the_next_tokens_and_all_is_contiguous_sequence_first():
 
 
 def test_resuming_at_a_step_gives_the_batches_of_the_run_that_was_not_stopped():
-    with loader() as whole, loader(prefetch="none") as no_thread, loader(first_step=6, consumed_samples=24) as resumed:
+    with loader() as whole, loader(prefetch="none") as no_thread, loader(first_step=6, first_sample=24) as resumed:
         expected = [whole.batch(step) for step in range(20)]
         for step in (0, 5, 3, 19):  # any order
             assert_equal(no_thread.batch(step), expected[step])
@@ -51,7 +54,7 @@ def test_resuming_at_a_step_gives_the_batches_of_the_run_that_was_not_stopped():
 
 
 def test_resuming_with_another_batch_size_goes_on_with_the_next_sample():
-    with loader(first_step=6, consumed_samples=24, global_batch_size=8) as resumed, loader() as whole:
+    with loader(first_step=6, first_sample=24, batch_size=8) as resumed, loader() as whole:
         joined = torch.cat([whole.batch(6).tokens_SB, whole.batch(7).tokens_SB], dim=1)
         assert torch.equal(resumed.batch(6).tokens_SB, joined)
 
@@ -71,7 +74,7 @@ def test_ranks_side_by_side_are_the_batch_of_one_process(data_size):
 def test_an_error_in_the_thread_is_raised_by_the_next_call(write_set):
     prefix = write_set([list(range(20))])
     dataset = GPTDataset(prefix, sequence_length=1, vocab_size=19)  # the last sample holds token 19
-    with loader(dataset=dataset, global_batch_size=1) as batches:
+    with loader(dataset=dataset, batch_size=1) as batches:
         bad = next(step for step in range(19) if batches.sample_ids(step)[0] == 18)
         first = bad - 1 if bad else 19 + next(s for s in range(19) if batches.sample_ids(19 + s)[0] == 18) - 1
         batches.batch(first)

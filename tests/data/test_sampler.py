@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatronish.batch_schedule import BatchSchedule, Stage
 from megatronish.data.gpt_dataset import SyntheticDataset
 from megatronish.data.loader import BatchLoader
 from megatronish.data.sampler import sample_ids, sample_numbers
@@ -19,7 +20,9 @@ def ids_of_run(data_size: int, *, first: int = 0, last: int = STEPS) -> np.ndarr
     """[steps, BATCH] ids, ranks side by side, as the loaders of all ranks read them."""
     dataset = SyntheticDataset(vocab_size=100, sequence_length=4, length=1777)
     loaders = [
-        BatchLoader(dataset, seed=5, data_rank=rank, data_size=data_size, global_batch_size=BATCH, prefetch="none")
+        BatchLoader(
+            dataset, seed=5, data_rank=rank, data_size=data_size, schedule=BatchSchedule((Stage(0, 0, BATCH),)), prefetch="none"
+        )
         for rank in range(data_size)
     ]
     return np.array([np.concatenate([loader.sample_ids(step) for loader in loaders]) for step in range(first, last)])

@@ -1,0 +1,74 @@
+"""What a run reads and touches beside its ranks: data, tokenizer, folder, disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypedDict
+
+from torch import Tensor
+
+from megatronish.checkpoint.storage import FileStorage, Storage
+from megatronish.config import Config
+from megatronish.data.gpt_dataset import GPTDataset, TokenDataset
+from megatronish.run_folder import RunFolder
+from megatronish.text_measure import TextMeasure
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run reads."""
+
+    train: TokenDataset
+    validation: TokenDataset | None
+    measure: TextMeasure | None
+    """Counts the bytes of the validation text, where a tokenizer is given."""
+
+
+def open_datasets(config: Config) -> Datasets:
+    """Open both sets in O(1) reads; UserError if they do not fit the config."""
+    data, open_set = (
+        config.data,
+        partial(GPTDataset, sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size),
+    )
+    if data.validation is not None:
+        train, validation = open_set(data.train), open_set(data.validation)
+    elif data.validation_fraction > 0:
+        split = partial(open_set, data.train, validation_fraction=data.validation_fraction)
+        train, validation = split(split="train"), split(split="validation")
+    else:
+        train, validation = open_set(data.train), None
+    measure = None
+    if data.tokenizer is not None:
+        measure = TextMeasure.load(data.tokenizer, vocab_size=config.model.vocab_size)
+    return Datasets(train, validation, measure)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run touches beside its ranks. A rehearsal gives a disk that keeps nothing, and no thread."""
+
+    folder: RunFolder
+    log: logging.Logger
+    token: str
+    """Names this launch of the run."""
+    storage: Storage = field(default_factory=FileStorage)
+    prefetch: Literal["thread", "none"] = "thread"
+    device_copy: Callable[[Tensor], Tensor] | None = None
+    """None: to the mesh's device."""
+    ranks_per_host: int = 1
+
+    @property
+    def keeps_files(self) -> bool:
+        """False in a rehearsal."""
+        return isinstance(self.storage, FileStorage)
+
+
+class Share(TypedDict):
+    """Which samples of each global batch are this rank's, and how they get to its device."""
+
+    data_rank: int
+    data_size: int
+    device_copy: Callable[[Tensor], Tensor]
