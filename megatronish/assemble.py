@@ -19,6 +19,7 @@ from megatronish.comm.streams import PhaseClock
 from megatronish.config import Config
 from megatronish.layout import ParamLayout
 from megatronish.models import MODELS
+from megatronish.models.layers import place_dropout
 from megatronish.optim.buckets import Bucket, bucket_elements, plan_buckets
 from megatronish.optim.grad_buffer import GradBuffer
 from megatronish.optim.parameters import FlatParameters
@@ -105,6 +106,7 @@ def cut_model(config: Config, mesh: Mesh) -> CutModel:
     )
     model = stages[mesh.index("pp")]
     apply_plan(model, plan, tp)
+    place_dropout(model, seed=config.train.seed, tp_index=mesh.index("tp"), sequence_parallel=sequence_parallel)
     buckets = buckets_of(config, layout, stage=mesh.index("pp"), tp_rank=mesh.index("tp"), dp_size=mesh.size("dp"))
     parameters = FlatParameters(model, buckets, dtype=DTYPES[config.train.dtype], device=mesh.device)
     return CutModel(model, layout, buckets, parameters, gradients)

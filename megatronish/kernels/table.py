@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels import adamw, attention, cross_entropy, linear, rms_norm, rotary, swiglu
+from megatronish.kernels import adamw, attention, cross_entropy, dropout, linear, masked_attention, rms_norm, rotary, swiglu
 from megatronish.kernels.adamw import AdamWStep
 
 
@@ -48,6 +48,28 @@ def _attention_reference(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tenso
     return attention.reference(query_SBHK, key_SBGK, value_SBGK)[0]
 
 
+def _dropout(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int, rate: float) -> Tensor:
+    return dropout.dropout(x, samples_B, batch_dim=batch_dim, first=first, key=key, rate=rate)
+
+
+def _masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Tensor | None,
+    samples: Tensor | None,
+    first_head: int,
+    drop_key: int,
+    rate: float,
+) -> Tensor:
+    drop = None if samples is None else masked_attention.WeightDropout(samples, first_head, drop_key, rate)
+    return masked_attention.masked_attention(query, key, value, documents_SB=documents, drop=drop)
+
+
+def _masked_attention_reference(*arguments: Any) -> Tensor:
+    return masked_attention.reference(*arguments)[0]
+
+
 KERNELS: dict[str, Kernel] = {
     row.name: row
     for row in (
@@ -55,6 +77,14 @@ KERNELS: dict[str, Kernel] = {
         Kernel("split_rotary", rotary.split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
         Kernel("swiglu", swiglu.swiglu, swiglu.reference, swiglu.sample_inputs, differentiable=(0,)),
         Kernel("attention", attention.attention, _attention_reference, attention.sample_inputs, differentiable=(0, 1, 2)),
+        Kernel(
+            "masked_attention",
+            _masked_attention,
+            _masked_attention_reference,
+            masked_attention.sample_inputs,
+            differentiable=(0, 1, 2),
+        ),
+        Kernel("dropout", _dropout, dropout.reference, dropout.sample_inputs, differentiable=(0,)),
         Kernel("linear", linear.linear, linear.reference, linear.sample_inputs),
         Kernel(
             "linear_input_gradient",

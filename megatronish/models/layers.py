@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from megatronish.batch import TokenContext
+from megatronish.comm.random import stream_key
+from megatronish.kernels.attention import attention
+from megatronish.kernels.dropout import dropout
+from megatronish.kernels.masked_attention import WeightDropout, masked_attention
 from megatronish.kernels.rms_norm import rms_norm
 
 
@@ -54,3 +60,77 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class Dropout(nn.Module):
+    """Zeroes a share `rate` of activations in training, by bits that no layout changes. `place_dropout` must have been called."""
+
+    cut_along: Literal["sequence", "heads"] = "sequence"
+    """What tensor ranks cut the activations along, where they do (see `place_dropout`)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.key: int | None = None
+        """Names seed and site."""
+        self.part = 0
+        """Which of the equal parts of a sample's leading coordinate this rank holds."""
+
+    @property
+    def is_active(self) -> bool:
+        """In training, with a rate above 0."""
+        return self.training and self.rate > 0
+
+    @property
+    def placed_key(self) -> int:
+        """The key, which must have been set."""
+        assert self.key is not None, "a model with dropout trains after place_dropout(model, seed=...)"
+        return self.key
+
+    def forward(self, x_SBD: Tensor, context: TokenContext) -> Tensor:
+        """[S, B, D] -> [S, B, D]."""
+        if not self.is_active:
+            return x_SBD
+        first = self.part * x_SBD.shape[0]
+        return dropout(x_SBD, context.sample_numbers_B, batch_dim=1, first=first, key=self.placed_key, rate=self.rate)
+
+    def extra_repr(self) -> str:
+        return f"{self.rate}"
+
+
+class WeightsDropout(Dropout):
+    """Dropout of attention weights [heads, queries, keys]: says which, for the kernel to do it."""
+
+    cut_along = "heads"
+
+    def forward(self, num_heads: int, context: TokenContext) -> WeightDropout | None:  # type: ignore[override]
+        """For this rank's `num_heads` heads; None: keep all."""
+        if not self.is_active:
+            return None
+        return WeightDropout(context.sample_numbers_B, self.part * num_heads, self.placed_key, self.rate)
+
+
+def place_dropout(model: nn.Module, *, seed: int, tp_index: int = 0, sequence_parallel: bool = False) -> None:
+    """Give each Dropout of a model its key, from its name, and its place in the sample. Call it while names are the global ones.
+
+    Heads are cut over tensor ranks; activations between blocks only under sequence parallelism: else every rank holds all of them
+    and drops the same elements."""
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout):
+            module.key = stream_key(seed, "dropout", name)
+            module.part = tp_index if sequence_parallel or module.cut_along == "heads" else 0
+
+
+class CausalAttention(nn.Module):
+    """softmax(Q K^T / sqrt(K)) V over the past, within documents where the context has them; dropout of the weights."""
+
+    def __init__(self, dropout_rate: float) -> None:
+        super().__init__()
+        self.dropout = WeightsDropout(dropout_rate)
+
+    def forward(self, query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor, context: TokenContext) -> Tensor:
+        """query [S, B, H, K], key and value [S, B, G, K] -> [S, B, H*K]."""
+        drop = self.dropout(query_SBHK.shape[2], context)
+        if drop is None and context.documents_SB is None:
+            return attention(query_SBHK, key_SBGK, value_SBGK).flatten(2)
+        return masked_attention(query_SBHK, key_SBGK, value_SBGK, documents_SB=context.documents_SB, drop=drop).flatten(2)

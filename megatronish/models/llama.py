@@ -2,8 +2,8 @@
 
 Plain PyTorch on one device, and the reference that parallel runs are compared with. How it is cut over ranks is the data in
 TENSOR_PARALLEL_PLAN; what keeps that sound: local sizes come from tensor shapes, everything between blocks is pointwise over S,
-positions are an argument. A pipeline stage is the same class with fewer layers, under their global names: one or more chunks, each
-a range of layers that runs by itself.
+what is known of tokens is an argument. A pipeline stage is the same class with fewer layers, under their global names: one or more
+chunks, each a range of layers that runs by itself.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from megatronish.batch import TokenContext
 from megatronish.config import ModelConfig
-from megatronish.kernels.attention import attention
 from megatronish.kernels.rotary import rotary_tables, split_rotary
 from megatronish.kernels.swiglu import swiglu
 from megatronish.layout import Column, Plan, Replicated, Row, Vocab
-from megatronish.models.layers import Embedding, Linear, RMSNorm
+from megatronish.models.layers import CausalAttention, Dropout, Embedding, Linear, RMSNorm
 
 TENSOR_PARALLEL_PLAN: Plan = {
     "embedding": Vocab(),
@@ -34,22 +33,43 @@ TENSOR_PARALLEL_PLAN: Plan = {
 }
 
 
+class AttentionCore(nn.Module):
+    """What has no weights: split, rotary embedding, attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.packed_shape = (-1, config.num_heads // config.kv_heads + 2, config.head_size)
+        self.causal = CausalAttention(config.dropout)
+
+    def forward(self, qkv: Tensor, cos: Tensor, sin: Tensor, context: TokenContext) -> Tensor:
+        """[S, B, G*(q+2)*K] and rotary tables [S, B, 1, K/2] -> [S, B, H*K]."""
+        query_SBHK, key_SBGK, value_SBGK = split_rotary(qkv.unflatten(-1, self.packed_shape), cos, sin)
+        out: Tensor = self.causal(query_SBHK, key_SBGK, value_SBGK, context)
+        return out
+
+
 class Attention(nn.Module):
     """Causal self-attention. The QKV weight is [G, q + 2, K, D]: group by group its q queries, its key, its value."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
-        self.queries_per_group = config.num_heads // config.kv_heads
-        self.head_size = config.head_size
-        out_shape = (config.kv_heads, self.queries_per_group + 2, config.head_size)
+        out_shape = (config.kv_heads, config.num_heads // config.kv_heads + 2, config.head_size)
         self.qkv = Linear(config.hidden_size, out_shape, dtype=dtype, device=device)
+        self.core = AttentionCore(config)
         self.output = Linear(config.num_heads * config.head_size, (config.hidden_size,), dtype=dtype, device=device)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, context: TokenContext) -> Tensor:
         """[S, B, D] and rotary tables [S, B, 1, K/2] -> [S, B, D]."""
-        qkv_SBGqK = self.qkv(x_SBD).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
-        query_SBHK, key_SBGK, value_SBGK = split_rotary(qkv_SBGqK, cos, sin)
-        return self.output(attention(query_SBHK, key_SBGK, value_SBGK).flatten(2))
+        out: Tensor = self.output(self.core(self.qkv(x_SBD), cos, sin, context))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """[S, B, 2F] -> [S, B, F]."""
+        return swiglu(gate_up)
 
 
 class MLP(nn.Module):
@@ -58,33 +78,38 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.gate_up = Linear(config.hidden_size, (2, config.mlp_size), dtype=dtype, device=device)
+        self.activation = SwiGLU()
         self.down = Linear(config.mlp_size, (config.hidden_size,), dtype=dtype, device=device)
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] -> [S, B, D]."""
-        return self.down(swiglu(self.gate_up(x_SBD)))
+        out: Tensor = self.down(self.activation(self.gate_up(x_SBD)))
+        return out
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout of both before the sums."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
         self.attention = Attention(config, dtype=dtype, device=device)
+        self.attention_dropout = Dropout(config.dropout)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
         self.mlp = MLP(config, dtype=dtype, device=device)
+        self.mlp_dropout = Dropout(config.dropout)
 
-    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_SBD: Tensor, cos: Tensor, sin: Tensor, context: TokenContext) -> Tensor:
         """[S, B, D] and rotary tables [S, B, 1, K/2] -> [S, B, D]."""
-        x_SBD = x_SBD + self.attention(self.attention_norm(x_SBD), cos, sin)
-        return x_SBD + self.mlp(self.mlp_norm(x_SBD))
+        x_SBD = x_SBD + self.attention_dropout(self.attention(self.attention_norm(x_SBD), cos, sin, context), context)
+        return x_SBD + self.mlp_dropout(self.mlp(self.mlp_norm(x_SBD)), context)
 
 
 class Llama(nn.Module):
     """The layers of `chunks`, with the embedding before the model's first layer and the head after its last."""
 
     embedding: Embedding | None
+    embedding_dropout: Dropout | None
     final_norm: RMSNorm | None
     head: Linear | None
 
@@ -99,6 +124,7 @@ class Llama(nn.Module):
         has_head = any(layers.stop == config.num_layers for layers in self.chunks)
         rows, D = config.padded_vocab_size, config.hidden_size
         self.embedding = Embedding(rows, D, dtype=dtype, device=device) if has_embedding else None
+        self.embedding_dropout = Dropout(config.dropout) if has_embedding else None
         self.layers = nn.ModuleDict({str(i): Block(config, dtype=dtype, device=device) for layers in self.chunks for i in layers})
         self.final_norm = RMSNorm(D, config.norm_eps, dtype=dtype, device=device) if has_head else None
         self.head = Linear(D, (rows,), dtype=dtype, device=device) if has_head else None
@@ -108,11 +134,11 @@ class Llama(nn.Module):
         (last layer)."""
         config, layers = self.config, self.chunks[chunk]
         if layers.start == 0:
-            assert self.embedding is not None
-            x = self.embedding(x)
+            assert self.embedding is not None and self.embedding_dropout is not None
+            x = self.embedding_dropout(self.embedding(x), context)
         cos, sin = rotary_tables(context.positions_SB, head_size=config.head_size, theta=config.rope_theta, dtype=self.dtype)
         for i in layers:
-            x = self.layers[str(i)](x, cos, sin)
+            x = self.layers[str(i)](x, cos, sin, context)
         if layers.stop == config.num_layers:
             assert self.final_norm is not None and self.head is not None
             x = self.head(self.final_norm(x))

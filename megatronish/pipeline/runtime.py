@@ -54,10 +54,11 @@ class PipelineRuntime:
         """The sum over microbatches of the last stage's token losses (zero on the others), a device scalar.
 
         `loss_gradient`, 1 / the global number of target tokens, is where backward starts. `before_last_backward` is called before
-        the step's last Backward: the gradients it adds are final. A list without Backward only evaluates. Returns when every send
-        is done, so all buffers are free."""
+        the step's last Backward: the gradients it adds are final. A list without Backward only evaluates: no gradients, no dropout.
+        Returns when every send is done, so all buffers are free."""
         mail = _Mail()
         backwards = [step for step in steps if isinstance(step, Backward)]
+        self.stage.model.train(bool(backwards))
         total: Tensor | None = None
         for step in steps:
             if isinstance(step, Forward):

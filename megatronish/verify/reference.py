@@ -12,6 +12,7 @@ from megatronish.comm.host import read_scalar
 from megatronish.comm.random import normal_fill_, stream_key
 from megatronish.config import Config
 from megatronish.models import MODELS
+from megatronish.models.layers import place_dropout
 from megatronish.optim.lr_schedule import learning_rate
 from megatronish.verify.batches import global_batch
 
@@ -31,6 +32,7 @@ def plain_model(config: Config) -> nn.Module:
     architecture = MODELS[config.model.architecture]
     dtype = getattr(torch, config.train.dtype)
     model = architecture.module(config.model, dtype=dtype)
+    place_dropout(model, seed=config.train.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             std = architecture.init_std(config.model, name)

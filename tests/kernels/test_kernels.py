@@ -32,6 +32,9 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
     # The flash kernel rounds the probabilities before the product with the values, and its result. Backward: scores' gradients and
     # probabilities are rounded, summed, scaled and rounded, and start from an output that was rounded already.
     "attention": (2, 6, 64),
+    # Weights and their gradients stay in the accumulation dtype; backward starts from an output that was rounded.
+    "masked_attention": (1, 2, 64),
+    "dropout": (1, 1, 1),
     "linear": (1, 0, 33),
     "linear_input_gradient": (1, 0, 48),
     # The product is rounded once on CPU, then added to the bucket, which is smaller than it: hence two.

@@ -37,15 +37,17 @@ class Case:
     num_microbatches: int = 3
     dtype: str = "float64"
     architecture: str = "llama"
+    dropout: float = 0.0
+    documents: bool = False
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
-        flags = (
-            f"-zero{self.zero_stage}" + ("-sequence" if self.sequence else "") + ("-recompute" if self.recompute == "full" else "")
-        )
+        flags = f"-zero{self.zero_stage}" + ("-sequence" if self.sequence else "")
+        flags += ("" if self.recompute == "none" else f"-{self.recompute}") + (f"-dropout{self.dropout}" if self.dropout else "")
+        flags += "-documents" if self.documents else ""
         return f"{self.layout}{flags}-v{self.vocab_size}-b{self.bucket_mib}-m{self.num_microbatches}"
 
     @property
@@ -61,6 +63,8 @@ class Case:
             vocab_multiple=self.vocab_multiple,
             dtype=self.dtype,
             architecture=self.architecture,
+            dropout=self.dropout,
+            documents=self.documents,
         )
 
     def config(self) -> Config:
@@ -72,6 +76,7 @@ class Case:
                     "architecture": self.architecture,
                     "vocab_size": self.vocab_size,
                     "vocab_multiple": self.vocab_multiple,
+                    "dropout": self.dropout,
                     **DIMENSIONS,
                 },
                 "parallel": {
@@ -82,7 +87,7 @@ class Case:
                     "zero_stage": self.zero_stage,
                     "recompute": self.recompute,
                 },
-                "data": {"train": "none", "sequence_length": 16},
+                "data": {"train": "none", "sequence_length": 16, "separate_documents": self.documents},
                 # A clip norm well below the gradient's: the norm decides the update. A large lr makes a wrong update show.
                 "optim": {"lr": 0.01, "clip_norm": 0.1, "bucket_mib": self.bucket_mib, "warmup_steps": 0},
                 "train": {
