@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ from megatronish.layout import ParamLayout
 from megatronish.models import MODELS
 from megatronish.models.layers import place_dropout
 from megatronish.optim.buckets import Bucket, bucket_elements, plan_buckets
-from megatronish.optim.grad_buffer import GradBuffer
 from megatronish.optim.parameters import FlatParameters
+from megatronish.optim.sharded_grads import make_grad_buffer
 from megatronish.optim.weight_gradients import WeightGradientQueue
 from megatronish.optim.zero import ZeroAdamW
 from megatronish.parallel.loss import vocab_parallel_cross_entropy
@@ -47,6 +48,11 @@ def mesh_shape(config: Config, world_size: int) -> MeshShape:
 def main_dtype(config: Config) -> torch.dtype:
     """Of master weights, optimizer state and accumulated gradients."""
     return torch.float64 if config.train.dtype == "float64" else torch.float32
+
+
+def reduce_dtype(config: Config) -> torch.dtype:
+    """Of gradients on their way between data ranks."""
+    return main_dtype(config) if config.optim.grad_reduce_dtype is None else DTYPES[config.optim.grad_reduce_dtype]
 
 
 def split_model(config: Config) -> list[range]:
@@ -87,7 +93,8 @@ def buckets_of(config: Config, layout: ParamLayout, *, stage: int, tp_rank: int,
     """The buckets of any rank: what it holds, reduces and saves is a function of its coordinates."""
     size = bucket_elements(config.optim.bucket_mib, torch.empty((), dtype=main_dtype(config)).element_size())
     placements = layout.of_stage(stage)
-    return plan_buckets(placements, tp_rank=tp_rank, tp_size=layout.tp_size, dp_size=dp_size, bucket_elements=size)
+    close: Literal["by kind", "together"] = "together" if config.parallel.zero_stage == 2 else "by kind"
+    return plan_buckets(placements, tp_rank=tp_rank, tp_size=layout.tp_size, dp_size=dp_size, bucket_elements=size, close=close)
 
 
 def cut_model(config: Config, mesh: Mesh) -> CutModel:
@@ -168,13 +175,14 @@ class Assembly:
 def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
     """Build everything a rank needs to train. Weights are NaN until drawn (`draw_weights`) or loaded."""
     cut = cut_model(config, mesh)
-    grads = GradBuffer(
+    grads = make_grad_buffer(
         cut.buckets,
         cut.parameters.by_name,
         groups=mesh.groups,
         zero_stage=config.parallel.zero_stage,
         dtype=main_dtype(config),
         device=mesh.device,
+        reduce_dtype=reduce_dtype(config),
     )
     cut.gradients.attach(grads)
     optimizer = ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=config.parallel.zero_stage)

@@ -83,7 +83,7 @@ class Trainer:
 
     def count_targets(self, batch: Batch) -> Tensor:
         """The global batch's number of target tokens, which every loss is divided by, once; a scalar in the gradients' dtype."""
-        return all_reduce(batch.loss_mask_SB.sum(dtype=self.grads.flat[0].dtype), self.mesh.groups["dp"])
+        return all_reduce(batch.loss_mask_SB.sum(dtype=self.grads.dtype), self.mesh.groups["dp"])
 
     def accumulate_gradients(self, batch: Batch, num_targets: Tensor) -> Tensor:
         """Forward and backward of all microbatches: gradients into the buckets, the sum of this rank's token losses returned."""
@@ -107,7 +107,7 @@ class Trainer:
     def evaluate(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         """(sum of token losses, number of target tokens) over `batches`, summed over the job: device scalars."""
         self.optimizer.ensure_parameters()
-        totals = torch.zeros(2, dtype=self.grads.flat[0].dtype, device=self.mesh.device)
+        totals = torch.zeros(2, dtype=self.grads.dtype, device=self.mesh.device)
         for batch in batches:
             totals += evaluate_batch(self.pipeline, self.evaluation_steps, batch, self.config.train.micro_batch_size, self.mesh)
         loss_sum, num_targets = all_reduce(totals, self.mesh.groups["world"]).unbind()

@@ -16,7 +16,7 @@ from megatronish.assemble import cut_model, main_dtype
 from megatronish.comm import Group
 from megatronish.config import Config
 from megatronish.formulas import num_parameters
-from megatronish.optim.grad_buffer import GradBuffer
+from megatronish.optim.sharded_grads import make_grad_buffer
 from megatronish.optim.zero import ZeroAdamW
 from megatronish.parallel.mesh import AXES, Mesh, MeshShape
 
@@ -40,7 +40,7 @@ def state_bytes_of_rank(config: Config, shape: MeshShape, rank: int) -> int:
     mesh = lone_mesh(shape, rank)
     cut = cut_model(config, mesh)
     zero_stage, dtype = config.parallel.zero_stage, main_dtype(config)
-    grads = GradBuffer(
+    grads = make_grad_buffer(
         cut.buckets, cut.parameters.by_name, groups=mesh.groups, zero_stage=zero_stage, dtype=dtype, device=mesh.device
     )
     return ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=zero_stage).state_bytes()

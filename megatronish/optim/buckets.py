@@ -1,7 +1,7 @@
 """Which parameter lies where in which flat bucket, and which slice of it a data rank owns. Pure functions of the ParamLayout.
 
 A bucket is the unit of reduction, update and gathering. All parameters of one bucket owe the same sums, decay alike and count alike
-in the norm.
+in the norm. Buckets of one group are filled together: what ZeRO 2 holds in full size at a time.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from megatronish.layout import ParamPlacement, Rectangle, rectangles_of_flat_range, shard_range
 
@@ -42,6 +43,8 @@ class Bucket:
     weight_decay: bool
     replicated: bool
     """Every tp rank has the same values: only tp rank 0 counts them in the norm and saves them."""
+    group: int
+    """Consecutive buckets with one number are filled by the same stretch of the backward."""
 
     def owned_range(self, dp_rank: int, dp_size: int) -> tuple[int, int]:
         """[start, stop) of the slice of data rank `dp_rank`."""
@@ -62,17 +65,32 @@ def decays(placement: ParamPlacement) -> bool:
     return len(placement.global_shape) >= 2
 
 
-def plan_buckets(
-    placements: Mapping[str, ParamPlacement], *, tp_rank: int, tp_size: int, dp_size: int, bucket_elements: int
-) -> list[Bucket]:
-    """Cut one stage's parameters into buckets of about `bucket_elements`, last layer first: the order backward finishes them in."""
-    open_slots: dict[tuple[tuple[str, ...], bool, bool], list[Slot]] = {}
-    buckets: list[Bucket] = []
+Kind = tuple[tuple[str, ...], bool, bool]
+"""(sum_gradient_over, weight_decay, replicated)"""
 
-    def close(kind: tuple[tuple[str, ...], bool, bool]) -> None:
-        slots = open_slots.pop(kind)
-        unit = dp_size * ALIGNMENT
-        buckets.append(Bucket(tuple(slots), -(-slots[-1].stop // unit) * unit, *kind))
+
+def plan_buckets(
+    placements: Mapping[str, ParamPlacement],
+    *,
+    tp_rank: int,
+    tp_size: int,
+    dp_size: int,
+    bucket_elements: int,
+    close: Literal["by kind", "together"] = "by kind",
+) -> list[Bucket]:
+    """Cut one stage's parameters into buckets of about `bucket_elements`, last layer first: the order backward finishes them in.
+
+    `by kind`: a bucket is closed when it is full, so that of vectors there are few buckets. `together`: when all open buckets
+    are, they are closed as one group, so that none stays open while backward goes on."""
+    open_slots: dict[Kind, list[Slot]] = {}
+    buckets: list[Bucket] = []
+    filled = 0
+
+    def close_group(kinds: list[Kind]) -> None:
+        group = buckets[-1].group + 1 if buckets else 0
+        for kind in kinds:
+            slots, unit = open_slots.pop(kind), dp_size * ALIGNMENT
+            buckets.append(Bucket(tuple(slots), -(-slots[-1].stop // unit) * unit, *kind, group))
 
     for name, placement in reversed(list(placements.items())):
         kind = (placement.sum_gradient_over, decays(placement), placement.shard_dim is None and tp_size > 1)
@@ -81,10 +99,17 @@ def plan_buckets(
         # Every parameter starts on its own cache line, as torch's allocator would place it.
         start = -(-slots[-1].stop // ALIGNMENT) * ALIGNMENT if slots else 0
         slots.append(Slot(name, start, box))
-        if slots[-1].stop >= bucket_elements:
-            close(kind)
+        # Groups hold buckets that tp ranks sum together: all ranks close them at the same parameter, where the first is full.
+        filled += placement.local_rectangle(0, tp_size).num_elements
+        if close == "by kind" and slots[-1].stop >= bucket_elements:
+            close_group([kind])
+        elif close == "together" and filled >= bucket_elements:
+            close_group(list(open_slots))
+            filled = 0
+    if close == "together" and open_slots:
+        close_group(list(open_slots))
     for kind in list(open_slots):
-        close(kind)
+        close_group([kind])
     return buckets
 
 

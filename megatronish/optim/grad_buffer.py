@@ -5,6 +5,7 @@ The order of reductions is the order of buckets, the same on every rank, whateve
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Literal
@@ -18,9 +19,10 @@ from megatronish.optim.buckets import Bucket
 
 
 class GradBuffer:
-    """Flat gradient memory for `buckets` and the reductions it is owed.
+    """Flat gradient memory for `buckets` and the reductions it is owed: ZeRO 0 and 1 (`sharded_grads.py`: 2).
 
-    zero_stage 1: a data rank ends with the sum of its own slice; 0: with the sum of everything.
+    zero_stage 1: a data rank ends with the sum of its own slice; 0: with the sum of everything. `reduce_dtype`: of what travels
+    between data ranks; sums over other axes keep `dtype`.
     """
 
     def __init__(
@@ -29,38 +31,54 @@ class GradBuffer:
         parameters: Mapping[str, nn.Parameter],
         *,
         groups: Mapping[str, Group],
-        zero_stage: Literal[0, 1],
+        zero_stage: Literal[0, 1, 2],
         dtype: torch.dtype,
         device: torch.device,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.buckets = buckets
         self.groups = groups
         self.zero_stage = zero_stage
-        self.flat = [torch.zeros(b.num_elements, dtype=dtype, device=device) for b in buckets]
+        self.dtype = dtype
+        self.device = device
+        # Alone, nothing travels, and nothing is rounded.
+        self.reduce_dtype = dtype if reduce_dtype is None or groups["dp"].size == 1 else reduce_dtype
+        self.names = [slot.name for bucket in buckets for slot in bucket.slots]
+        self.local_max = torch.zeros(len(self.names), dtype=dtype, device=device)
+        """By parameter, in the order of `names`: the largest element of what this rank itself computed in this step, before any
+        sum over ranks; not finite exactly where an element is not. Complete after `finish`."""
+        self._first_name = [0]
+        for bucket in buckets:
+            self._first_name.append(self._first_name[-1] + len(bucket.slots))
+        self._parameters_of = [[parameters[slot.name] for slot in b.slots] for b in buckets]
+        self._allocate()
+        # An embedding or a linear hands its gradient over itself; what autograd accumulates for all others is moved here.
+        # A parameter keeps its hooks where the garbage collector does not look: a strong reference from there would never be freed,
+        # nor the groups' communicators with their threads.
+        buffer = weakref.proxy(self)
+        for parameters_of_bucket in self._parameters_of:
+            for parameter in parameters_of_bucket:
+                parameter.register_post_accumulate_grad_hook(lambda p: buffer.take_autograd_gradient(p))
+
+    def _allocate(self) -> None:
+        self.flat = [torch.zeros(b.num_elements, dtype=self.dtype, device=self.device) for b in self.buckets]
         self._view_of: dict[nn.Parameter, Tensor] = {}
         self._bucket_of: dict[nn.Parameter, int] = {}
-        self._parameters_of = [[parameters[slot.name] for slot in b.slots] for b in buckets]
-        for index, (bucket, flat) in enumerate(zip(buckets, self.flat, strict=True)):
-            for slot in bucket.slots:
-                parameter = parameters[slot.name]
+        for index, (bucket, flat) in enumerate(zip(self.buckets, self.flat, strict=True)):
+            for slot, parameter in zip(bucket.slots, self._parameters_of[index], strict=True):
                 self._view_of[parameter] = flat[slot.start : slot.stop].view(slot.local_box.sizes)
                 self._bucket_of[parameter] = index
         self._missing: list[set[nn.Parameter]] | None = None
         self._next = 0
         self._pending: list[Pending] = []
-        # An embedding or a linear hands its gradient over itself; what autograd accumulates for all others is moved here.
-        # A parameter keeps its hooks where the garbage collector does not look: a strong reference from there would never be freed,
-        # nor the groups' communicators with their threads.
-        buffer = weakref.proxy(self)
-        for parameter in self._view_of:
-            parameter.register_post_accumulate_grad_hook(lambda p: buffer.take_autograd_gradient(p))
 
     def view(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's accumulated gradient, in the parameter's shape and the bucket's dtype."""
+        """Where the parameter's gradient is to be added, in the parameter's shape and the bucket's dtype; `contributed` follows."""
         return self._view_of[parameter]
 
     def zero(self) -> None:
         """Start a step."""
+        self.local_max.zero_()
         for flat in self.flat:
             flat.zero_()
 
@@ -92,19 +110,58 @@ class GradBuffer:
         start, stop = self.buckets[index].owned_range(self.groups["dp"].index, self.groups["dp"].size)
         return self.flat[index][start:stop]
 
+    def updated(self, index: int) -> Tensor:
+        """What this rank updates parameters by: the slice that it owns, under ZeRO 0 all of the bucket."""
+        return self.flat[index] if self.zero_stage == 0 else self.owned(index)
+
     def _start_reduction(self, index: int) -> Pending:
         bucket, flat, dp = self.buckets[index], self.flat[index], self.groups["dp"]
+        self._note_local(index, flat)
         for axis in bucket.sum_gradient_over:
             all_reduce(flat, self.groups[axis])
+        if self.reduce_dtype == self.dtype:
+            if self.zero_stage == 0:
+                return start_all_reduce(flat, dp)
+            return start_reduce_scatter_into(self.owned(index), flat, dp)
         if self.zero_stage == 0:
-            return start_all_reduce(flat, dp)
-        return start_reduce_scatter_into(self.owned(index), flat, dp)
+            return _widened_into(flat, start_all_reduce(flat.to(self.reduce_dtype), dp))
+        total = torch.empty(bucket.num_elements // dp.size, dtype=self.reduce_dtype, device=self.device)
+        # What was accumulated is read no more: its memory holds what is sent.
+        sent = narrow_in_place(flat, self.reduce_dtype)
+        return _widened_into(self.owned(index), start_reduce_scatter_into(total, sent, dp))
+
+    def _note_local(self, index: int, flat: Tensor) -> None:
+        """Add what this rank computed for bucket `index`, in `flat`, to `local_max`."""
+        views = [flat[slot.start : slot.stop] for slot in self.buckets[index].slots]
+        largest = torch.stack(torch._foreach_norm(views, math.inf))
+        known = self.local_max[self._first_name[index] : self._first_name[index + 1]]
+        torch.maximum(known, largest, out=known)
 
     def take_autograd_gradient(self, parameter: Tensor) -> None:
         """Move what autograd accumulated in `parameter.grad` into the bucket."""
         assert isinstance(parameter, nn.Parameter)
         if parameter.grad is None:  # its module handed the gradient over itself
             return
-        self._view_of[parameter].add_(parameter.grad)
+        self.view(parameter).add_(parameter.grad)
         parameter.grad = None
         self.contributed(parameter)
+
+
+def narrow_in_place(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of `flat` rounded to a narrower `dtype`, in the first part of its own memory; `flat` is garbage afterwards.
+
+    In sixteen parts, front to back: a part's place ends no later than what has been read."""
+    narrow = flat.view(dtype)[: flat.numel()]
+    size = -(-flat.numel() // 16)
+    for start in range(0, flat.numel(), size):
+        narrow[start : start + size].copy_(flat[start : start + size].to(dtype))
+    return narrow
+
+
+def _widened_into(out: Tensor, pending: Pending) -> Pending:
+    """`pending`, whose result goes to `out` in out's dtype."""
+
+    def finish() -> None:
+        out.copy_(pending.wait())
+
+    return Pending(out, finish=finish)

@@ -1,7 +1,7 @@
-"""AdamW with its state in slices: ZeRO stages 0 and 1 (Rajbhandari et al. 2020) over flat buckets.
+"""AdamW with its state in slices: ZeRO stages 0, 1 and 2 (Rajbhandari et al. 2020) over flat buckets.
 
-Stage 1: a data rank updates its slice of each bucket and the slices are gathered, bucket by bucket, under the forward that follows.
-Stage 0: every rank updates everything. Either way a rank *owns* (counts in the norm, saves) the same slice.
+Stages 1 and 2: a data rank updates its slice of each bucket, and the slices are gathered, bucket by bucket, under the forward that
+follows. Stage 0: every rank updates everything. Either way a rank *owns* (counts in the norm, saves) the same slice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ZeroAdamW:
     """The optimizer of one rank. Call order in a step: `step`, then `ensure_parameters` before a parameter is read."""
 
     def __init__(
-        self, config: OptimConfig, parameters: FlatParameters, grads: GradBuffer, *, dp: Group, zero_stage: Literal[0, 1]
+        self, config: OptimConfig, parameters: FlatParameters, grads: GradBuffer, *, dp: Group, zero_stage: Literal[0, 1, 2]
     ) -> None:
         self.config = config
         self.parameters = parameters
@@ -38,16 +38,16 @@ class ZeroAdamW:
         self._gathering: dict[int, Pending] = {}
         self._bucket_of = {slot.name: i for i, b in enumerate(parameters.buckets) for slot in b.slots}
         self.states: list[dict[str, Tensor]] = []
-        for bucket, flat, grad in zip(parameters.buckets, parameters.flat, grads.flat, strict=True):
+        for bucket, flat in zip(parameters.buckets, parameters.flat, strict=True):
             start, stop = self._updated_range(bucket)
             mine = flat[start:stop]
             # In full precision the parameters are their own master copy.
-            master = mine if flat.dtype == grad.dtype else mine.to(grad.dtype)
-            zeros = {name: torch.zeros(stop - start, dtype=grad.dtype, device=grad.device) for name in STATES[1:]}
+            master = mine if flat.dtype == grads.dtype else mine.to(grads.dtype)
+            zeros = {name: torch.zeros(stop - start, dtype=grads.dtype, device=grads.device) for name in STATES[1:]}
             self.states.append({"master": master, **zeros})
 
     def _updated_range(self, bucket: Bucket) -> tuple[int, int]:
-        return bucket.owned_range(self.dp.index, self.dp.size) if self.zero_stage == 1 else (0, bucket.num_elements)
+        return bucket.owned_range(self.dp.index, self.dp.size) if self.zero_stage > 0 else (0, bucket.num_elements)
 
     def reset_master(self) -> None:
         """Take the parameters' values as the master weights (after they were drawn)."""
@@ -63,7 +63,7 @@ class ZeroAdamW:
             start, stop = self._updated_range(bucket)
             numbers = AdamWStep(lr, c.beta1, c.beta2, c.eps, c.weight_decay if bucket.weight_decay else 0.0, step)
             low = None if state["master"].dtype == flat.dtype else flat[start:stop]
-            grad = self.grads.flat[index][start:stop]
+            grad = self.grads.updated(index)
             adamw_(state["master"], grad, state["exp_avg"], state["exp_avg_sq"], scale=grad_scale, low=low, numbers=numbers)
         self.start_gathering()
 

@@ -46,7 +46,8 @@ def run_layout(rank: int, config: Config) -> RankResult:
                 continue
             start, stop = bucket.owned_range(mesh.index("dp"), mesh.size("dp"))
             for name, box, flat in bucket.pieces(start, stop):
-                gradients.append(("gradient", name, box, grads.flat[index][flat : flat + box.num_elements].clone()))
+                own = grads.owned(index)[flat - start : flat - start + box.num_elements]
+                gradients.append(("gradient", name, box, own.clone()))
         result.gradients.append(gradients)
     run.optimizer.ensure_parameters()
     result.states = [(kind, name, box, values.clone()) for kind, name, box, values in run.optimizer.owned_pieces()]

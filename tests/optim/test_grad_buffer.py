@@ -16,6 +16,7 @@ from megatronish.layout import ParamPlacement
 from megatronish.optim.buckets import plan_buckets
 from megatronish.optim.grad_buffer import GradBuffer
 from megatronish.optim.grad_norm import clip_factor, owned_square_sum, square_sum
+from megatronish.optim.sharded_grads import make_grad_buffer
 from tests.ranks import ranks
 
 SHAPES = {"a": (5, 7), "b": (33,), "c": (4, 3, 2), "d": (64,), "e": (2, 9)}
@@ -28,7 +29,7 @@ def build(dp: Any = None, *, zero_stage: Any = 1, bucket_elements: int = 40) -> 
     parameters = {name: nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()}
     groups = {"dp": dp, "tp": single_process_group("tp")}
     kind = {"dtype": torch.float64, "device": torch.device("cpu")}
-    return GradBuffer(buckets, parameters, groups=groups, zero_stage=zero_stage, **kind), parameters
+    return make_grad_buffer(buckets, parameters, groups=groups, zero_stage=zero_stage, **kind), parameters
 
 
 def gradient(name: str, seed: int) -> Tensor:

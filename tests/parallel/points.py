@@ -13,7 +13,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2, 4),
     "pp": (1, 2, 4),
     "dp": (1, 2, 3, 4),
-    "zero_stage": (0, 1),
+    "zero_stage": (0, 1, 2),
     "sequence": (False, True),
     "recompute": ("none", "full"),
     # (vocab_size, vocab_multiple): 105 rows, cut unevenly, 4 of them padding; 96 rows that every tp divides, without padding.
