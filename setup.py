@@ -121,7 +121,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "megatronish._cpu",
-            ["csrc/bindings.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/gather.cpp"],
+            ["csrc/bindings.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/gather.cpp", "csrc/cpu/order.cpp"],
             define_macros=[("MEGATRONISH_CPU", "1")],
             depends=["csrc/cpu/cpu.h"],
             extra_compile_args=cpu_flags,

@@ -54,6 +54,22 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("source"), py::arg("size"), py::arg("offsets"), py::arg("rows"), py::arg("width"), py::arg("out"), py::kw_only(),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "megatron_sample_index",
+      [](Address lengths, int64_t num_lengths, Address documents, int64_t num_documents, int64_t sequence_length, int64_t num_samples,
+         Address out) {
+        megatron_sample_index(at<const int32_t>(lengths), num_lengths, at<const int32_t>(documents), num_documents, sequence_length,
+                              num_samples, at<int64_t>(out));
+      },
+      py::arg("lengths"), py::arg("num_lengths"), py::arg("documents"), py::arg("num_documents"), py::arg("sequence_length"),
+      py::arg("num_samples"), py::arg("out"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "megatron_blend_index",
+      [](Address weights, int64_t num_sources, int64_t size, Address source, Address number) {
+        megatron_blend_index(at<const double>(weights), num_sources, size, at<int16_t>(source), at<int64_t>(number));
+      },
+      py::arg("weights"), py::arg("num_sources"), py::arg("size"), py::arg("source"), py::arg("number"),
+      py::call_guard<py::gil_scoped_release>());
 }
 #endif
 

@@ -392,7 +392,7 @@ DATA = (
     Constraint(
         name="data.validation differs from data.train",
         keys=("data.validation", "data.train"),
-        holds=lambda c: c.data.validation != c.data.train,
+        holds=lambda c: c.data.validation not in _prefixes(c),
         message=lambda c: (
             f"data.validation={c.data.validation} is data.train itself; name other files, or set data.validation_fraction"
         ),
@@ -419,17 +419,64 @@ DATA = (
     ),
     *(
         Constraint(
-            name=f"data.{field} is a prefix",
-            keys=(f"data.{field}",),
-            holds=lambda c, field=field: not str(getattr(c.data, field)).endswith((".bin", ".idx")),  # type: ignore[misc]
-            message=lambda c, field=field: (  # type: ignore[misc]
-                f"data.{field}={getattr(c.data, field)} names one file of a pair; "
-                f"write {getattr(c.data, field)[:-4]}, without .bin or .idx"
+            name=f"{key} is a prefix",
+            keys=(key,),
+            holds=lambda c, key=key: not _files_named(c, key),  # type: ignore[misc]
+            message=lambda c, key=key: (  # type: ignore[misc]
+                f"{key}={_files_named(c, key)[0]} names one file of a pair; "
+                f"write {_files_named(c, key)[0][:-4]}, without .bin or .idx"
             ),
         )
-        for field in ("train", "validation")
+        for key in ("data.train", "data.validation")
+    ),
+    Constraint(
+        name="a blend has sources, each once",
+        keys=("data.train",),
+        applies=lambda c: not isinstance(c.data.train, str),
+        holds=lambda c: 0 < len(_prefixes(c)) == len(set(_prefixes(c))),
+        message=lambda c: (
+            f"data.train holds {_twice(c)} twice; give it once, with the sum of the weights"
+            if _prefixes(c)
+            else "data.train is an empty list; give a prefix, or a list of {prefix: ..., weight: ...}"
+        ),
+    ),
+    Constraint(
+        name="a blend needs data.validation",
+        keys=("data.validation_fraction", "data.train"),
+        applies=lambda c: not isinstance(c.data.train, str),
+        holds=lambda c: c.data.validation_fraction == 0,
+        message=lambda c: (
+            f"data.validation_fraction={c.data.validation_fraction} of a blend of {len(_prefixes(c))} sets in data.train; held-out "
+            f"tokens of a blend are a set of their own: name it in data.validation"
+        ),
+    ),
+    Constraint(
+        name="data.order=megatron takes a seed of 32 bits",
+        keys=("train.seed", "data.order"),
+        applies=lambda c: c.data.order == "megatron",
+        holds=lambda c: c.train.seed < 2**32,
+        message=lambda c: (
+            f"train.seed={c.train.seed}, but data.order=megatron shuffles with a seed below {2**32}; set train.seed below it, or "
+            f"data.order to permutation"
+        ),
     ),
 )
+
+
+def _prefixes(c: Layout) -> list[str]:
+    train = c.data.train
+    return [train] if isinstance(train, str) else [source.prefix for source in train]
+
+
+def _files_named(c: Layout, key: str) -> list[str]:
+    """What should be a prefix and names one of its two files."""
+    prefixes = _prefixes(c) if key == "data.train" else [c.data.validation or ""]
+    return [prefix for prefix in prefixes if prefix.endswith((".bin", ".idx"))]
+
+
+def _twice(c: Layout) -> str:
+    prefixes = _prefixes(c)
+    return next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
 
 
 def _data_advice(c: Layout) -> str:

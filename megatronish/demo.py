@@ -116,6 +116,8 @@ class DemoData:
                 f"data.validation={config.data.validation}, data.tokenizer={config.data.tokenizer}, "
                 f"train.eval_interval={config.train.eval_interval}: the demo shows held-out bits per byte and needs all three"
             )
+        if not isinstance(config.data.train, str):
+            raise UserError("data.train: the demo makes its own data and needs one prefix, not a blend")
         return DemoData(Path(config.data.train), Path(config.data.validation), Path(config.data.tokenizer))
 
     @property

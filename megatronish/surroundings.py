@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, TypedDict
 
 from torch import Tensor
 
 from megatronish.checkpoint.storage import FileStorage, Storage
 from megatronish.config import Config
-from megatronish.data.gpt_dataset import GPTDataset, TokenDataset
+from megatronish.data.gpt_dataset import TokenDataset, TrainingDataset
+from megatronish.data.open import open_sets
 from megatronish.run_folder import RunFolder
 from megatronish.text_measure import TextMeasure
 
@@ -21,25 +21,17 @@ from megatronish.text_measure import TextMeasure
 class Datasets:
     """What a run reads."""
 
-    train: TokenDataset
+    train: TrainingDataset
     validation: TokenDataset | None
     measure: TextMeasure | None
     """Counts the bytes of the validation text, where a tokenizer is given."""
 
 
 def open_datasets(config: Config) -> Datasets:
-    """Open both sets in O(1) reads; UserError if they do not fit the config."""
-    data, open_set = (
-        config.data,
-        partial(GPTDataset, sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size),
-    )
-    if data.validation is not None:
-        train, validation = open_set(data.train), open_set(data.validation)
-    elif data.validation_fraction > 0:
-        split = partial(open_set, data.train, validation_fraction=data.validation_fraction)
-        train, validation = split(split="train"), split(split="validation")
-    else:
-        train, validation = open_set(data.train), None
+    """Open both sets; UserError if they do not fit the config."""
+    data = config.data
+    num_samples = config.batch_schedule.consumed_after(config.num_steps)
+    train, validation = open_sets(config, num_samples=num_samples, cache=RunFolder.of(config).path / "order")
     measure = None
     if data.tokenizer is not None:
         measure = TextMeasure.load(data.tokenizer, vocab_size=config.model.vocab_size)

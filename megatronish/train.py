@@ -21,6 +21,7 @@ from megatronish.config import Config
 from megatronish.config_loader import load_config
 from megatronish.data.gpt_dataset import TokenDataset
 from megatronish.data.loader import BatchLoader
+from megatronish.data.open import describe_train
 from megatronish.errors import UserError
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
@@ -130,7 +131,7 @@ def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log:
         return 0
     if state["data_fingerprint"] != f"{dataset.fingerprint:016x}":
         raise UserError(
-            f"data.train={run.config.data.train} is not the data that {folder.path} was trained on (fingerprint "
+            f"{describe_train(run.config.data)} is not the data that {folder.path} was trained on (fingerprint "
             f"{dataset.fingerprint:016x}, checkpoint {state['data_fingerprint']}): give that data, or another name"
         )
     folder.check_same_run(config_of(state), run.config)
@@ -159,13 +160,8 @@ def log_facts(run: Assembly, datasets: Datasets, log: logging.Logger) -> None:
     )
     log.info("optimizer state of this rank: %.2f MiB in %d buckets", run.optimizer.state_bytes() / 2**20, len(run.cut.buckets))
     samples = config.batch_schedule.consumed_after(config.num_steps)
-    log.info(
-        "data: %d samples of %d tokens; %d steps read %.2f epochs",
-        len(datasets.train),
-        config.data.sequence_length,
-        config.num_steps,
-        samples / len(datasets.train),
-    )
+    for line in datasets.train.describe_epochs(samples).splitlines():
+        log.info("data: %s", line)
 
 
 def config_of(state: Mapping[str, Any]) -> Config:

@@ -248,6 +248,21 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
     "train.patience needs train.eval_interval": ({"train": {"patience": 3}}, None, ("3", "train.eval_interval=0")),
     "data.train is a prefix": ({"data": {"train": "corpus.bin"}}, None, ("corpus.bin", "write corpus,")),
     "data.validation is a prefix": ({"data": {"validation": "held.idx"}}, None, ("held.idx", "write held,")),
+    "a blend has sources, each once": (
+        {"data": {"train": [{"prefix": "a", "weight": 1.0}, {"prefix": "b", "weight": 1}, {"prefix": "a", "weight": 0.5}]}},
+        None,
+        ("a twice",),
+    ),
+    "a blend needs data.validation": (
+        {"data": {"train": [{"prefix": "a", "weight": 1.0}, {"prefix": "b", "weight": 2.0}], "validation_fraction": 0.25}},
+        None,
+        ("0.25", "2 sets", "data.validation"),
+    ),
+    "data.order=megatron takes a seed of 32 bits": (
+        {"data": {"order": "megatron"}, "train": {"seed": 2**32}},
+        None,
+        ("4294967296", "megatron", "data.order"),
+    ),
     "observe.sample_interval needs data.tokenizer": (
         {"data": {"tokenizer": None}, "observe": {"sample_interval": 5}},
         None,

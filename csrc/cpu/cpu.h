@@ -36,6 +36,14 @@ std::pair<int64_t, int64_t> gather_uint16(const uint16_t* source, int64_t size, 
 std::pair<int64_t, int64_t> gather_int32(const int32_t* source, int64_t size, const int64_t* offsets, int64_t rows, int64_t width,
                                          int64_t* out, int threads);
 
+// Rows [0, num_samples] of (position in `documents`, offset in that document) at which samples begin, int64 pairs.
+// Throws std::out_of_range when the documents run out or one of them is not in [0, num_lengths).
+void megatron_sample_index(const int32_t* lengths, int64_t num_lengths, const int32_t* documents, int64_t num_documents,
+                           int64_t sequence_length, int64_t num_samples, int64_t* out);
+
+// Source and number within it of each of `size` samples: always the source that is furthest behind its weight.
+void megatron_blend_index(const double* weights, int64_t num_sources, int64_t size, int16_t* source, int64_t* number);
+
 // Calls work(start, stop) on parts of [0, n), each of at least `smallest` elements, on up to `threads` threads.
 inline void parallel_for(int64_t n, int64_t smallest, int threads, const std::function<void(int64_t, int64_t)>& work) {
   int64_t parts = threads < 1 ? 1 : threads;

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatronish import native
 from megatronish.data.indexed import IndexedDataset
+from megatronish.data.sampler import sample_ids
 from megatronish.errors import UserError
 
 Split = Literal["all", "train", "validation"]
@@ -39,6 +40,16 @@ class TokenDataset(Protocol):
 
     def tokens(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [len(ids), S+1]."""
+
+
+class TrainingDataset(TokenDataset, Protocol):
+    """A dataset with an order of its own."""
+
+    def sample_ids(self, numbers: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
+        """Places in the dataset of the samples with these global numbers, which count on over the epochs: a pure function."""
+
+    def describe_epochs(self, samples: int) -> str:
+        """What a run of `samples` samples reads of each source, one line a source."""
 
 
 class GPTDataset:
@@ -85,6 +96,10 @@ class GPTDataset:
         """64 bits of the set's fingerprint, the split's bounds and the sequence length."""
         data = struct.pack("<QQQQ", self.indexed.fingerprint, self.start, self.num_tokens, self.sequence_length)
         return xxhash.xxh3_64_intdigest(data)
+
+    def sample_ids(self, numbers: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
+        """Places of sample numbers, each once an epoch, in an order of its own each epoch."""
+        return sample_ids(numbers, seed=seed, fingerprint=self.fingerprint, num_samples=self._num_samples)
 
     def tokens(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [len(ids), S+1], one copy out of the map. Raises UserError for a token outside the vocabulary."""
@@ -163,6 +178,10 @@ class SyntheticDataset:
         """64 bits of the three sizes."""
         return xxhash.xxh3_64_intdigest(struct.pack("<QQQ", self.vocab_size, self.sequence_length, self._length))
 
+    def sample_ids(self, numbers: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
+        """As of a set on disk."""
+        return sample_ids(numbers, seed=seed, fingerprint=self.fingerprint, num_samples=self._length)
+
     def tokens(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [len(ids), S+1], spread over the vocabulary; a function of id and position."""
         position = np.arange(self.sequence_length + 1, dtype=np.uint64)
@@ -172,6 +191,10 @@ class SyntheticDataset:
     def num_epochs(self, samples: int) -> float:
         """How often a run of `samples` samples reads the set."""
         return samples / self._length
+
+    def describe_epochs(self, samples: int) -> str:
+        """One line for the log."""
+        return f"synthetic tokens: {self._length} samples of {self.sequence_length}; the run reads {samples}"
 
 
 def _name(split: Split) -> str:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatronish.batch import Batch
 from megatronish.batch_schedule import BatchSchedule
-from megatronish.data.gpt_dataset import TokenDataset
-from megatronish.data.sampler import sample_ids, sample_numbers
+from megatronish.data.gpt_dataset import TokenDataset, TrainingDataset
+from megatronish.data.sampler import sample_numbers
 
 DeviceCopy = Callable[[Tensor], Tensor]
 """CPU tensor -> tensor on the device. Runs in the prefetch thread, where the current device is the default one: name the device."""
@@ -36,7 +36,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TrainingDataset,
         *,
         seed: int,
         data_rank: int,
@@ -46,7 +46,7 @@ class BatchLoader:
         prefetch: Literal["thread", "none"] = "thread",
     ) -> None:
         self.dataset = dataset
-        self._seed, self._fingerprint = seed, dataset.fingerprint
+        self._seed = seed
         self._rank, self._size, self._schedule = data_rank, data_size, schedule
         self._device_copy = device_copy
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch") if prefetch == "thread" else None
@@ -66,7 +66,7 @@ class BatchLoader:
 
     def sample_ids(self, step: int) -> NDArray[np.int64]:
         """Places in the dataset of this rank's samples in `step`."""
-        return sample_ids(self.sample_numbers(step), seed=self._seed, fingerprint=self._fingerprint, num_samples=len(self.dataset))
+        return self.dataset.sample_ids(self.sample_numbers(step), seed=self._seed)
 
     def batch(self, step: int) -> Batch:
         """This rank's samples of `step`, and begins to make those of `step + 1`. What failed in the thread is raised here.
