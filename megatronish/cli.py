@@ -99,6 +99,24 @@ def evaluate(
     _finish(evaluate_main(str(run), data, nproc, overrides or [], batches, str(json_file) if json_file else None))
 
 
+@app.command()
+def verify(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option(min=1, help="Number of ranks the run will have, if parallel.data is open.")] = None,
+    max_ranks: Annotated[int, typer.Option(min=1, help="Local processes at most; every axis above 1 stays above 1.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there too.")] = None,
+) -> None:
+    """Does the layout of a config compute what one process computes? Loss, every gradient, the norm, updates, save and load, on a
+    small model with the config's own layout folded to local processes. Exit code 1 names the first wrong parameter and the likely
+    axis.
+
+    Example: megatronish verify configs/llama3_70b.yaml
+    """
+    command = importlib.import_module("megatronish.verify.command")
+    _finish(command.main(str(config), overrides or [], world, max_ranks, str(json_file) if json_file else None))
+
+
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def data(context: typer.Context) -> None:
     """Train tokenizers, tokenize text, inspect sets of tokens."""

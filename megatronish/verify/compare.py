@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +14,6 @@ from megatronish.comm.host import read_scalar, read_values
 from megatronish.layout import Rectangle
 from megatronish.verify.layout_run import Pieces, RankResult
 from megatronish.verify.reference import Reference
-
 
 SMALL = 1e-3
 """A gradient that is zero but for rounding, as that of a key's bias is (softmax does not see it), has no relative error: nothing is
@@ -28,7 +29,7 @@ def relative_error(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> floa
     return error if error == error else math.inf
 
 
-def join(pieces: list[Pieces], kind: str, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
+def join(pieces: list[Pieces], kind: str, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Global tensors from the boxes of all ranks; every element must be given exactly once."""
     joined = {name: torch.full_like(like, float("nan")) for name, like in shapes.items()}
     for rank_pieces in pieces:
@@ -41,22 +42,48 @@ def join(pieces: list[Pieces], kind: str, shapes: dict[str, Tensor]) -> dict[str
     return joined
 
 
-def errors(results: list[RankResult], expected: Reference) -> Iterator[tuple[str, float]]:
-    """(what, relative error) of all that the ranks saw, in the order in which a fault would spread."""
+Kind = Literal["gradient", "norm", "loss", "weight"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that was compared."""
+
+    kind: Kind
+    what: str
+    """In words, with the step."""
+    error: float
+    """Relative."""
+    parameter: str | None = None
+
+
+def differences(results: list[RankResult], expected: Reference) -> Iterator[Difference]:
+    """How far all that the ranks saw is from the truth, in the order in which a fault would spread."""
     num_steps = len(expected.losses)
     for step in range(num_steps):
-        gradients = join([r.gradients[step] for r in results], "gradient", expected.gradients[step])
-        floor = SMALL * max(read_scalar(gradient.abs().max(), 0.0) for gradient in expected.gradients[step].values())
-        for name, gradient in gradients.items():
-            yield f"gradient of {name} in step {step + 1}", relative_error(gradient, expected.gradients[step][name], floor=floor)
+        yield from gradient_differences([r.gradients[step] for r in results], expected.gradients[step], step=step + 1)
         for rank, result in enumerate(results):
-            for what, got, truth in (("norm", result.norms, expected.norms), ("loss", result.losses, expected.losses)):
-                yield f"{what} of step {step + 1} on rank {rank}", abs(got[step] / truth[step] - 1)
-    masters = join([r.states for r in results], "master", expected.parameters)
-    for name, master in masters.items():
-        yield f"{name} after {num_steps} steps", relative_error(master, expected.parameters[name])
+            where = f"of step {step + 1} on rank {rank}"
+            yield Difference("norm", f"norm {where}", abs(result.norms[step] / expected.norms[step] - 1))
+            yield Difference("loss", f"loss {where}", abs(result.losses[step] / expected.losses[step] - 1))
+        yield from weight_differences([r.weights[step] for r in results], expected.weights[step], after=f"step {step + 1}")
     for result in results:  # what each rank computes with, gathered after the last step
-        for kind, name, box, values in result.states:
-            if kind.startswith("parameter"):
-                whole = Rectangle((0,) * len(box.sizes), tuple(expected.parameters[name].shape))
-                yield f"{name} held by {kind}", relative_error(values, expected.parameters[name][box.within(whole)])
+        for rank_name, name, box, values in result.held:
+            whole = Rectangle((0,) * len(box.sizes), tuple(expected.weights[-1][name].shape))
+            error = relative_error(values, expected.weights[-1][name][box.within(whole)])
+            yield Difference("weight", f"{name} held by {rank_name}", error, name)
+
+
+def gradient_differences(pieces: list[Pieces], expected: Mapping[str, Tensor], *, step: int) -> Iterator[Difference]:
+    """Every gradient of a step, in the order of the model."""
+    gradients = join(pieces, "gradient", expected)
+    floor = SMALL * max(read_scalar(gradient.abs().max(), 0.0) for gradient in expected.values())
+    for name, gradient in gradients.items():
+        error = relative_error(gradient, expected[name], floor=floor)
+        yield Difference("gradient", f"gradient of {name} in step {step}", error, name)
+
+
+def weight_differences(pieces: list[Pieces], expected: Mapping[str, Tensor], *, after: str) -> Iterator[Difference]:
+    """Every master weight."""
+    for name, master in join(pieces, "master", expected).items():
+        yield Difference("weight", f"{name} after {after}", relative_error(master, expected[name]), name)

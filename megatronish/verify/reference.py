@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from megatronish.verify.batches import global_batch
 
 @dataclass
 class Reference:
-    """The same of the plain model; tensors by name."""
+    """What the plain model gives, step by step; tensors by name."""
 
-    losses: list[float]
-    norms: list[float]
-    gradients: list[dict[str, Tensor]]
-    parameters: dict[str, Tensor]
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    """After each step."""
 
 
 def plain_model(config: Config) -> nn.Module:
@@ -52,7 +53,7 @@ def train_reference(config: Config) -> Reference:
     c = config.optim
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
-    result = Reference([], [], [], {})
+    result = Reference()
     for step in range(1, config.num_steps + 1):
         batch = global_batch(config, step)
         logits = model(batch.tokens_SB, batch.context)[..., : config.model.vocab_size]
@@ -66,5 +67,5 @@ def train_reference(config: Config) -> Reference:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(c, step, config.num_steps)
         optimizer.step()
-    result.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        result.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
     return result

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatronish.config import Config
-from megatronish.verify.compare import errors
+from megatronish.verify.compare import differences
 from megatronish.verify.layout_run import RankResult, run_layout
 from megatronish.verify.reference import Reference, train_reference
 from tests.ranks import ranks
@@ -89,7 +89,7 @@ class Case:
                 },
                 "data": {"train": "none", "sequence_length": 16, "separate_documents": self.documents},
                 # A clip norm well below the gradient's: the norm decides the update. A large lr makes a wrong update show.
-                "optim": {"lr": 0.01, "clip_norm": 0.1, "bucket_mib": self.bucket_mib, "warmup_steps": 0},
+                "optim": {"lr": 0.01, "min_lr": 0.005, "clip_norm": 0.1, "bucket_mib": self.bucket_mib, "warmup_steps": 0},
                 "train": {
                     "steps": NUM_STEPS,
                     "global_batch_size": 2 * self.num_microbatches * self.dp,
@@ -116,7 +116,7 @@ def check(case: Case, tolerance: float, *, run: Callable[[int, Case], RankResult
     """Assert that every gradient, the norms, losses and every updated parameter equal the plain model's; the message names what
     does not. `run` is the function that each rank runs. Returns the largest relative error."""
     largest = 0.0
-    for what, error in errors(ranks(case.world_size).run(run, case), reference(case.plain)):
-        assert error < tolerance, f"{what} is off by {error:.1e}"
-        largest = max(largest, error)
+    for difference in differences(ranks(case.world_size).run(run, case), reference(case.plain)):
+        assert difference.error < tolerance, f"{difference.what} is off by {difference.error:.1e}"
+        largest = max(largest, difference.error)
     return largest

@@ -1,0 +1,94 @@
+"""`megatronish verify` finds planted gradient faults, names parameter and axis, and is silent on sound code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatronish.comm.local_ranks import RankPool
+from megatronish.config_loader import load_config
+from megatronish.verify.check import Verdict, verify
+from megatronish.verify.command import PRELOAD, conclusion, main
+from megatronish.verify.fold import fold
+from tests.verify.faults import FAULTS, run_with_fault
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+DEMO = CONFIGS[0].parent / "demo_cpu.yaml"
+PLAIN = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.data=1", "parallel.sequence=false")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(preload=PRELOAD) as started:
+        yield started
+
+
+def verdict_of(pool: RankPool, fault: str, *overrides: str) -> Verdict:
+    folded = fold(load_config(DEMO, [*PLAIN, *overrides]))
+    return verify(folded, pool, run=partial(run_with_fault, fault=fault))
+
+
+# fault -> (layout, the first wrong thing, the likely axis)
+EXPECTED: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "norms_are_not_summed_over_tp": (
+        ("parallel.tensor=2", "parallel.sequence=true", "parallel.data=2"),
+        "norm.weight in step 1",
+        "likely axis: parallel.tensor; the fault needs parallel.tensor=2, parallel.sequence=true",
+    ),
+    "each_replica_divides_by_its_own_targets": (
+        ("parallel.tensor=2", "parallel.data=3", "train.global_batch_size=24"),
+        "gradient of ",
+        "likely axis: parallel.data;",
+    ),
+    "replicated_parameters_count_once_a_rank": (("parallel.tensor=2", "parallel.data=2"), "norm of step 1", "parallel.tensor;"),
+    "gradients_of_the_last_step_stay": (("parallel.data=2",), "gradient of embedding.weight in step 2", "not the layout"),
+    "the_input_gradient_is_not_summed_over_tp": (("parallel.tensor=2",), "gradient of ", "likely axis: parallel.tensor;"),
+    "rows_of_other_ranks_count_here": (
+        ("parallel.tensor=2", "parallel.data=2"),
+        "gradient of embedding.weight in step 1",
+        "likely axis: parallel.tensor;",
+    ),
+    "the_last_microbatch_counts_twice": (
+        ("parallel.pipeline=2", "parallel.data=2", "train.global_batch_size=24"),
+        "gradient of ",
+        "likely axis: parallel.pipeline;",
+    ),
+    "gathered_parameters_are_one_step_old": (
+        ("parallel.data=2", "parallel.tensor=2"),
+        "gradient of embedding.weight in step 2",
+        "likely axis: parallel.data; the fault needs parallel.data=2, parallel.zero_stage=1",
+    ),
+    "decay_reaches_every_parameter": (("parallel.tensor=2",), "norm.weight after step 1", "not the layout"),
+    "moments_are_not_loaded": (("parallel.data=2",), "after step 3", "not the layout"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found_with_its_parameter_and_axis(pool: RankPool, fault: str) -> None:
+    overrides, first, axis = EXPECTED[fault]
+    verdict = verdict_of(pool, fault, *overrides)
+    assert not verdict.ok
+    assert verdict.first_wrong is not None and first in verdict.first_wrong.what
+    assert axis in conclusion(verdict)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_sound_code_passes_for_every_shipped_config(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(str(path), [], None, 8, str(tmp_path / "result.json")) == 0
+    assert capsys.readouterr().out.rstrip().endswith("the layout computes what one process computes")
+
+
+def test_a_rank_that_fails_is_reported_with_its_traceback(pool: RankPool) -> None:
+    folded = fold(load_config(DEMO, [*PLAIN, "parallel.data=2"]))
+    verdict = verify(folded, pool, run=crash)
+    assert not verdict.ok and "ZeroDivisionError" in conclusion(verdict)
+
+
+def crash(rank: int, *args: object) -> None:
+    """A rank that ends badly."""
+    raise ZeroDivisionError
