@@ -28,7 +28,7 @@ from megatronish.optim.weight_gradients import WeightGradientQueue
 from megatronish.optim.zero import ZeroAdamW
 from megatronish.parallel.loss import vocab_parallel_cross_entropy
 from megatronish.parallel.mesh import Mesh, MeshShape
-from megatronish.parallel.recompute import recompute_blocks
+from megatronish.parallel.recompute import recompute_blocks, recompute_selectively
 from megatronish.parallel.tensor import TensorParallel, apply_plan, make_param_layout
 from megatronish.pipeline.lower import Step, lower
 from megatronish.pipeline.runtime import ActivationSpec, PipelineRuntime
@@ -108,7 +108,7 @@ def cut_model(config: Config, mesh: Mesh) -> CutModel:
         group=mesh.groups["tp"],
         sequence_parallel=sequence_parallel,
         # On CPU memory is plentiful and a collective dear; under full recomputation the input is gathered anew anyway.
-        regather_input=mesh.device_kind != "cpu" and sequence_parallel and config.parallel.recompute == "none",
+        regather_input=mesh.device_kind != "cpu" and sequence_parallel and config.parallel.recompute_of(mesh.index("pp")) != "full",
         sink=gradients,
     )
     model = stages[mesh.index("pp")]
@@ -187,10 +187,7 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
     cut.gradients.attach(grads)
     optimizer = ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=config.parallel.zero_stage)
     _wait_before_use(cut.model, optimizer)
-    if config.parallel.recompute == "full":
-        blocks = cut.model.get_submodule("layers")
-        assert isinstance(blocks, nn.ModuleDict)
-        recompute_blocks(blocks)
+    apply_recompute(config, mesh, cut.model)
     trainer = Trainer(
         config=config,
         mesh=mesh,
@@ -204,6 +201,17 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
         clock=PhaseClock(mesh.device),
     )
     return Assembly(config, mesh, cut, optimizer, trainer)
+
+
+def apply_recompute(config: Config, mesh: Mesh, model: nn.Module) -> None:
+    """Wrap what this stage makes again in backward, as parallel.recompute says."""
+    recompute = config.parallel.recompute_of(mesh.index("pp"))
+    if recompute == "full":
+        blocks = model.get_submodule("layers")
+        assert isinstance(blocks, nn.ModuleDict)
+        recompute_blocks(blocks)
+    elif recompute == "selective":
+        recompute_selectively(model, MODELS[config.model.architecture].selective_recompute)
 
 
 def _wait_before_use(model: nn.Module, optimizer: ZeroAdamW) -> None:

@@ -106,6 +106,10 @@ class ParallelConfig(Section):
     """`full` keeps only each block's input for backward and runs its forward again; `selective` does so for norms, activations and
     the attention core (Korthikanti et al. 2022). A list gives one for each stage."""
 
+    def recompute_of(self, stage: int) -> Recompute:
+        """The one of a stage."""
+        return self.recompute if isinstance(self.recompute, str) else self.recompute[stage]
+
 
 class BlendSource(Section):
     """One set of a blend."""

@@ -318,6 +318,19 @@ RAMP = (
     ),
 )
 
+RECOMPUTE = (
+    Constraint(
+        name="parallel.recompute has one for each stage",
+        keys=("parallel.recompute", "parallel.pipeline"),
+        applies=lambda c: not isinstance(c.parallel.recompute, str),
+        holds=lambda c: len(c.parallel.recompute) == c.parallel.pipeline,
+        message=lambda c: (
+            f"parallel.recompute lists {len(c.parallel.recompute)} choices for parallel.pipeline={c.parallel.pipeline} stages; "
+            f"list {c.parallel.pipeline}, or write one word for all"
+        ),
+    ),
+)
+
 SCHEDULE = (
     Constraint(
         name="train.steps or train.tokens",
@@ -512,4 +525,4 @@ OBSERVE = (
     ),
 )
 
-CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *RAMP, *SCHEDULE, *DATA, *OBSERVE)
+CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *RAMP, *RECOMPUTE, *SCHEDULE, *DATA, *OBSERVE)

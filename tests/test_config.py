@@ -232,6 +232,11 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("start=2", "2 microbatches", "pipeline=4", "at least 4"),
     ),
+    "parallel.recompute has one for each stage": (
+        {"parallel": {"pipeline": 2, "recompute": ["none", "full", "full"]}},
+        None,
+        ("3 choices", "parallel.pipeline=2"),
+    ),
     "train.steps or train.tokens": ({"train": {"tokens": 5}}, None, ("100", "5")),
     "optim.warmup_steps <= steps": ({"optim": {"warmup_steps": 101}}, None, ("101", "100")),
     "wsd needs optim.decay_steps": ({"optim": {"schedule": "wsd"}}, None, ("optim.decay_steps", "wsd")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,6 +20,8 @@ class Architecture:
     tensor_parallel_plan: Plan
     init_std: Callable[[ModelConfig, str], float | None]
     """`(config, parameter name) -> float | None`: standard deviation of its first weights; None: all ones."""
+    selective_recompute: Mapping[str, str]
+    """Module name -> the linear that consumes its output (`*`: the same part in both)."""
 
 
-MODELS = {"llama": Architecture(llama.Llama, llama.TENSOR_PARALLEL_PLAN, llama.init_std)}
+MODELS = {"llama": Architecture(llama.Llama, llama.TENSOR_PARALLEL_PLAN, llama.init_std, llama.SELECTIVE_RECOMPUTE)}

@@ -33,6 +33,15 @@ TENSOR_PARALLEL_PLAN: Plan = {
 }
 
 
+# Producer -> the one linear that consumes its output: what selective recomputation does not keep (`parallel/recompute.py`).
+SELECTIVE_RECOMPUTE = {
+    "layers.*.attention_norm": "layers.*.attention.qkv",
+    "layers.*.attention.core": "layers.*.attention.output",
+    "layers.*.mlp_norm": "layers.*.mlp.gate_up",
+    "layers.*.mlp.activation": "layers.*.mlp.down",
+}
+
+
 class AttentionCore(nn.Module):
     """What has no weights: split, rotary embedding, attention."""
 

@@ -8,7 +8,7 @@ under the input gradient's communication, and accumulates where the sink says.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,39 +52,48 @@ class TensorParallel:
         return start_all_reduce(x, self.group)
 
 
+Remake = Callable[[], Tensor]
+"""Makes a linear's input again, right before its backward (see `recompute.py`)."""
+
+
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel, remake: Remake | None) -> Tensor:
         x_full = tp.start_gather(x).wait()
-        ctx.save_for_backward(x if tp.regather_input else x_full)
-        ctx.weight, ctx.tp = weight, tp
+        if remake is None:
+            ctx.save_for_backward(x if tp.regather_input else x_full)
+        ctx.weight, ctx.tp, ctx.remake = weight, tp, remake
         return linear(x_full, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
-        gathering = tp.start_gather(x) if tp.regather_input else Pending(x)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, tp = ctx.weight, ctx.tp
+        x = ctx.saved_tensors[0] if ctx.remake is None else ctx.remake()
+        gathering = tp.start_gather(x) if tp.regather_input or ctx.remake is not None else Pending(x)
         dx = linear_input_gradient(dy, weight)
         x_full = gathering.wait()
         summing = tp.start_sum(dx)
         tp.sink.linear(weight, dy, x_full)  # under the sum's communication
-        return summing.wait(), None, None
+        return summing.wait(), None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.tp = weight, tp
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel, remake: Remake | None) -> Tensor:
+        if remake is None:
+            ctx.save_for_backward(x)
+        ctx.weight, ctx.tp, ctx.remake = weight, tp, remake
         return tp.start_sum(linear(x, weight)).wait()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        (x,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
-        dy_full = tp.start_gather(dy).wait()
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, tp = ctx.weight, ctx.tp
+        gathering = tp.start_gather(dy)
+        x = ctx.saved_tensors[0] if ctx.remake is None else ctx.remake()  # under the gathering
+        dy_full = gathering.wait()
         dx = linear_input_gradient(dy_full, weight)
         tp.sink.linear(weight, dy_full, x)
-        return dx, None, None
+        return dx, None, None, None
 
 
 class _VocabEmbedding(torch.autograd.Function):
@@ -120,19 +129,32 @@ class _Cut(nn.Module):
         )
 
 
-class ColumnParallelLinear(_Cut):
+class CutLinear(_Cut):
+    """A linear that may have its input made again for backward instead of keeping it."""
+
+    def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
+        super().__init__(weight, tp)
+        self.input_source: Callable[[Tensor], Remake | None] | None = None
+        """Given an input, how to make it again; set by `recompute_selectively`."""
+
+    def remake(self, x: Tensor) -> Remake | None:
+        """How to make `x` again for backward; None: keep it."""
+        return None if self.input_source is None else self.input_source(x)
+
+
+class ColumnParallelLinear(CutLinear):
     """Output features cut. [S/tp or S, B, in] -> [S, B, out/tp]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _ColumnLinear.apply(x, self.weight, self.tp)
+        out: Tensor = _ColumnLinear.apply(x, self.weight, self.tp, self.remake(x))
         return out
 
 
-class RowParallelLinear(_Cut):
+class RowParallelLinear(CutLinear):
     """Input features cut, partial outputs summed. [S, B, in/tp] -> [S/tp or S, B, out]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _RowLinear.apply(x, self.weight, self.tp)
+        out: Tensor = _RowLinear.apply(x, self.weight, self.tp, self.remake(x))
         return out
 
 

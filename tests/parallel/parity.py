@@ -16,7 +16,7 @@ from megatronish.verify.reference import Reference, train_reference
 from tests.ranks import ranks
 
 NUM_STEPS = 2
-DIMENSIONS = {"num_layers": 4, "hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "mlp_size": 48}
+DIMENSIONS = {"hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "mlp_size": 48}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Case:
     dp: int = 1
     zero_stage: int = 1
     sequence: bool = False
-    recompute: str = "none"
+    recompute: str | tuple[str, ...] = "none"
     vocab_size: int = 101
     vocab_multiple: int = 7
     """101 is padded to 105 rows, which neither tp 2 nor tp 4 divides; the last rank's have the padding."""
@@ -39,6 +39,7 @@ class Case:
     architecture: str = "llama"
     dropout: float = 0.0
     documents: bool = False
+    num_layers: int = 4
 
     @property
     def world_size(self) -> int:
@@ -65,6 +66,7 @@ class Case:
             architecture=self.architecture,
             dropout=self.dropout,
             documents=self.documents,
+            num_layers=self.num_layers,
         )
 
     def config(self) -> Config:
@@ -77,6 +79,7 @@ class Case:
                     "vocab_size": self.vocab_size,
                     "vocab_multiple": self.vocab_multiple,
                     "dropout": self.dropout,
+                    "num_layers": self.num_layers,
                     **DIMENSIONS,
                 },
                 "parallel": {
