@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
-from torch import Tensor
 
-from megatronish import assemble, trainer
-from megatronish.batch import Batch
-from megatronish.optim.grad_buffer import GradBuffer
-from megatronish.parallel.tensor import TensorParallel, make_param_layout
+from megatronish import assemble
+from megatronish.parallel.tensor import TensorParallel
 from tests.parallel.parity import Case, RankResult, check, run_rank
 from tests.parallel.points import AXES, all_cases, allowed_points, case_of, pairs, pairwise_points
 
@@ -75,43 +70,3 @@ def run_regathering(rank: int, case: Case) -> RankResult:
 @pytest.mark.parametrize("case", [Case(tp=2, sequence=True), Case(tp=4, dp=2, sequence=True)], ids=str)
 def test_gathering_the_input_again_for_backward_changes_nothing(case: Case) -> None:
     check(case, TOLERANCE, run=run_regathering)
-
-
-def run_with_fault(rank: int, case: Case, *, fault: str) -> RankResult:
-    """The layout with one line of the trainer taken out."""
-
-    def no_owed_sums(stages: Any, plan: Any, *, tp_size: int, sequence_parallel: bool) -> Any:
-        return make_param_layout(stages, plan, tp_size=tp_size, sequence_parallel=False)
-
-    def local_targets(self: trainer.Trainer, batch: Batch) -> Tensor:
-        return batch.loss_mask_SB.sum(dtype=torch.float64) * self.mesh.size("dp")
-
-    def every_copy_counts(grads: GradBuffer) -> Tensor:
-        return torch.stack([grads.owned(index).square().sum() for index in range(len(grads.buckets))]).sum()
-
-    def keep_gradients(self: GradBuffer) -> None:
-        """Keep what the last step left."""
-
-    faults: dict[str, tuple[Any, str, Any]] = {
-        "norms are not summed over tp": (assemble, "make_param_layout", no_owed_sums),
-        "each rank divides by its own targets": (trainer.Trainer, "count_targets", local_targets),
-        "replicated parameters count once a tp rank": (trainer, "owned_square_sum", every_copy_counts),
-        "gradients of the last step stay": (GradBuffer, "zero", keep_gradients),
-    }
-    with patch.object(*faults[fault]):
-        return run_rank(rank, case)
-
-
-@pytest.mark.parametrize(
-    ("fault", "case", "named"),
-    [
-        ("norms are not summed over tp", Case(tp=2, sequence=True), r"gradient of \S*norm\.weight in step 1"),
-        ("each rank divides by its own targets", Case(dp=2), r"gradient of \S+ in step 1"),
-        ("replicated parameters count once a tp rank", Case(tp=2), "norm of step 1"),
-        ("gradients of the last step stay", Case(pp=2), r"gradient of \S+ in step 2"),
-    ],
-    ids=["owed sum", "token count", "norm", "zeroing"],
-)
-def test_a_planted_fault_is_found_and_named(fault: str, case: Case, named: str) -> None:
-    with pytest.raises(AssertionError, match=named):
-        check(case, TOLERANCE, run=partial(run_with_fault, fault=fault))
