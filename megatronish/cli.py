@@ -117,6 +117,44 @@ def verify(
     _finish(command.main(str(config), overrides or [], world, max_ranks, str(json_file) if json_file else None))
 
 
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")],
+    overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What to continue; may be given several times.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 100,
+    temperature: Annotated[float | None, typer.Option(help="Below 1: likelier tokens; 0: only the likeliest. [default: 1]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens that hold this share.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token.")] = False,
+    step: Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step; else the newest that verifies.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Cut the matrices over this many local processes.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write texts and tokens there too.")] = None,
+) -> None:
+    """Continue text with a run's newest checkpoint, whatever layout saved it.
+
+    Example: megatronish generate runs/demo_cpu --prompt "def main(" --temperature 0.8 --top-p 0.95
+    """
+    command = importlib.import_module("megatronish.generate.command")
+    options = command.Options(
+        run=run,
+        prompts=tuple(prompt or ()),
+        prompts_file=prompts_file,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        greedy=greedy,
+        step=step,
+        overrides=tuple(overrides or ()),
+        json_file=json_file,
+    )
+    _finish(command.run(options, nproc))
+
+
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def data(context: typer.Context) -> None:
     """Train tokenizers, tokenize text, inspect sets of tokens."""

@@ -148,6 +148,7 @@ def evaluation_config(config_file: Path, overrides: tuple[str, ...], world_size:
     """The run's config on this job's ranks: all of them replicas, unless `overrides` say otherwise."""
     given = {key.strip(): value.strip() for key, _, value in (override.partition("=") for override in overrides)}
     merged = [f"parallel.{setting}" for setting in ("tensor=1", "pipeline=1", "data=null", "sequence=false", "recompute=none")]
+    merged.append("train.batch_ramp=null")
     if "train.global_batch_size" not in given:
         micro = given.get("train.micro_batch_size", "")
         samples = int(micro) if micro.isdigit() else load_config(config_file).train.micro_batch_size
@@ -173,7 +174,7 @@ def evaluate_run(request: Request, config: Config, mesh: Mesh, dataset: GPTDatas
             config,
             mesh,
             FirstSamples(dataset, samples),
-            load=partial(_load, checkpoint, config),
+            load=partial(fill_weights, checkpoint, config),
             on_batch=lambda done, total: progress.update(task, completed=done, total=total),
         )
     checkpoint.close()
@@ -219,8 +220,8 @@ def evaluate(
     return loss_sum, num_targets
 
 
-def _load(checkpoint: Checkpoint, config: Config, cut: CutModel) -> None:
-    # A run of another train.dtype may be evaluated: names and shapes count here.
+def fill_weights(checkpoint: Checkpoint, config: Config, cut: CutModel) -> None:
+    """This rank's part of the weights. A run of another train.dtype will do: names and shapes count. UserError if they differ."""
     saved = checkpoint.tensors()
     specs = checkpointing.tensor_specs(config, cut.layout)
     checkpoint.check_tensors({name: (shape, saved[name][1] if name in saved else dtype) for name, (shape, dtype) in specs.items()})

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels import adamw, attention, cross_entropy, dropout, linear, masked_attention, rms_norm, rotary, swiglu
+from megatronish.kernels import (
+    adamw,
+    attention,
+    cached_attention,
+    cross_entropy,
+    dropout,
+    linear,
+    masked_attention,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from megatronish.kernels.adamw import AdamWStep
 
 
@@ -85,6 +96,7 @@ KERNELS: dict[str, Kernel] = {
             differentiable=(0, 1, 2),
         ),
         Kernel("dropout", _dropout, dropout.reference, dropout.sample_inputs, differentiable=(0,)),
+        Kernel("cached_attention", cached_attention.cached_attention, cached_attention.reference, cached_attention.sample_inputs),
         Kernel("linear", linear.linear, linear.reference, linear.sample_inputs),
         Kernel(
             "linear_input_gradient",

@@ -34,6 +34,8 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
     "attention": (2, 6, 64),
     # Weights and their gradients stay in the accumulation dtype; backward starts from an output that was rounded.
     "masked_attention": (1, 2, 64),
+    # The kernel of CPUs rounds the probabilities before the product with the values, and its result.
+    "cached_attention": (2, 0, 33),
     "dropout": (1, 1, 1),
     "linear": (1, 0, 33),
     "linear_input_gradient": (1, 0, 48),
