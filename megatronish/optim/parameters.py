@@ -34,7 +34,7 @@ class FlatParameters:
                 setattr(model.get_submodule(owner), leaf, parameter)
                 self.by_name[slot.name] = parameter
             flat[covered:].zero_()
-        left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        left = [name for name, _ in model.named_parameters() if name not in self.by_name]
         assert not left, f"no bucket holds {left[:3]}"
 
     def draw(self, placements: Mapping[str, ParamPlacement], *, seed: int, std_of: Callable[[str], float | None]) -> None:
