@@ -26,7 +26,7 @@ from megatronish.optim.parameters import FlatParameters
 from megatronish.optim.sharded_grads import make_grad_buffer
 from megatronish.optim.weight_gradients import WeightGradientQueue
 from megatronish.optim.zero import ZeroAdamW
-from megatronish.parallel.loss import vocab_parallel_cross_entropy
+from megatronish.parallel.loss import LossTerms, vocab_parallel_cross_entropy
 from megatronish.parallel.mesh import Mesh, MeshShape
 from megatronish.parallel.recompute import recompute_blocks, recompute_selectively
 from megatronish.parallel.tensor import TensorParallel, apply_plan, make_param_layout
@@ -127,22 +127,30 @@ def draw_weights(config: Config, cut: CutModel) -> None:
 
 @dataclass(frozen=True)
 class MaskedLossSum:
-    """(logits, microbatch) -> the sum of the losses of its target tokens, equal on every tp rank."""
+    """(logits, microbatch) -> the sum of the losses of its target tokens, equal on every tp rank. An evaluation's is the plain
+    cross entropy, of which a perplexity is made."""
 
     vocab_size: int
     padded_vocab_size: int
     group: Group
+    terms: LossTerms
 
-    def __call__(self, logits_SBV: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, logits_SBV: Tensor, batch: Batch, *, training: bool) -> Tensor:
         loss_SB = vocab_parallel_cross_entropy(
-            logits_SBV, batch.labels_SB, vocab_size=self.vocab_size, padded_vocab_size=self.padded_vocab_size, group=self.group
+            logits_SBV,
+            batch.labels_SB,
+            vocab_size=self.vocab_size,
+            padded_vocab_size=self.padded_vocab_size,
+            group=self.group,
+            terms=self.terms if training else LossTerms(),
         )
         return (loss_SB * batch.loss_mask_SB).sum()
 
 
 def build_pipeline(config: Config, mesh: Mesh, model: nn.Module) -> PipelineRuntime:
     """The runtime of this rank's stage."""
-    loss = MaskedLossSum(config.model.vocab_size, config.model.padded_vocab_size, mesh.groups["tp"])
+    terms = LossTerms(label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
+    loss = MaskedLossSum(config.model.vocab_size, config.model.padded_vocab_size, mesh.groups["tp"], terms)
     stage = Stage(model, is_first=mesh.is_first_stage, is_last=mesh.is_last_stage, loss_function=loss)
     S = config.data.sequence_length // (mesh.size("tp") if config.parallel.sequence else 1)
     shape = (S, config.train.micro_batch_size, config.model.hidden_size)

@@ -1,11 +1,13 @@
 """The local part of cross entropy over a vocabulary that may be cut over ranks: what one rank can say from its own columns.
 
 `parallel/loss.py` joins the parts: with m = max over ranks, loss = log(sum over ranks of sum_exp * e^(max - m)) + m - target logit.
+Label smoothing (Szegedy et al. 2016) and z-loss (Chowdhery et al. 2022) need one more sum over the columns.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +34,24 @@ def _forward_fake(logits_TV: Tensor, labels_T: Tensor, first_row: int, num_valid
     return max_T, torch.empty_like(max_T), torch.empty_like(max_T)
 
 
+def sum_of_logits(logits_TV: Tensor, num_valid: int) -> Tensor:
+    """Sum of each token's logits over the columns that are not padding, in the accumulation dtype."""
+    return logits_TV[:, :num_valid].sum(-1, dtype=accumulate_dtype(logits_TV))
+
+
 def reference_backward(
-    dloss_T: Tensor, logits_TV: Tensor, labels_T: Tensor, log_sum_exp_T: Tensor, first_row: int, num_valid: int
+    dloss_T: Tensor,
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    log_sum_exp_T: Tensor,
+    first_row: int,
+    num_valid: int,
+    target_weight: float = 1.0,
+    uniform_weight: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """d loss / d logits = softmax - onehot(label), times dloss; padded columns get zero."""
+    """d loss / d logits = softmax (1 + 2 z_loss log-sum-exp) - target_weight onehot(label) - uniform_weight, times dloss; padded
+    columns get zero."""
     grad_TV = torch.empty_like(logits_TV, dtype=accumulate_dtype(logits_TV))
     grad_TV[:, num_valid:] = 0
     if num_valid:
@@ -43,14 +59,17 @@ def reference_backward(
         torch.sub(logits_TV[:, :num_valid].to(grad_TV.dtype), log_sum_exp_T[:, None], out=valid).exp_()
         local_T = labels_T - first_row
         here_T = (local_T >= 0) & (local_T < num_valid)
-        valid.scatter_add_(1, local_T.clamp(0, num_valid - 1)[:, None], -here_T.to(grad_TV.dtype)[:, None])
+        if z_loss:
+            valid.mul_((1.0 + 2.0 * z_loss * log_sum_exp_T)[:, None])
+        if uniform_weight:
+            valid.sub_(uniform_weight)
+        target_T = here_T.to(grad_TV.dtype).mul_(-target_weight)
+        valid.scatter_add_(1, local_T.clamp(0, num_valid - 1)[:, None], target_T[:, None])
         valid.mul_(dloss_T[:, None])
     return grad_TV.to(logits_TV.dtype)
 
 
-def _backward_fake(
-    dloss_T: Tensor, logits_TV: Tensor, labels_T: Tensor, log_sum_exp_T: Tensor, first_row: int, num_valid: int
-) -> Tensor:
+def _backward_fake(dloss_T: Tensor, logits_TV: Tensor, *others: Any, **numbers: float) -> Tensor:
     return torch.empty_like(logits_TV)
 
 
@@ -62,12 +81,13 @@ cross_entropy_parts = register(
 """Columns of logits_TV are rows first_row, first_row + 1, ... of the vocabulary; the first num_valid of them are not padding."""
 
 cross_entropy_backward = register(
-    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor log_sum_exp, int first_row, int num_valid)"
-    " -> Tensor",
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor log_sum_exp, int first_row, int num_valid,"
+    " float target_weight=1.0, float uniform_weight=0.0, float z_loss=0.0) -> Tensor",
     reference_backward,
     _backward_fake,
 )
-"""The gradient of the local columns, given the log-sum-exp over all ranks' columns."""
+"""The gradient of the local columns, given the log-sum-exp over all ranks' columns. With label smoothing e over V tokens the
+target's weight is 1 - e and the uniform one e / V."""
 
 
 def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, int, int]]:
@@ -80,13 +100,15 @@ def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor,
     return cases
 
 
-def backward_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int, int]]:
-    """The same for the backward op; the log-sum-exp is what other ranks' columns might make it."""
+def backward_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
+    """The same for the backward op, with and without smoothing and z-loss; the log-sum-exp is what other ranks' columns might make
+    it."""
     generator = torch.Generator(device).manual_seed(1)
-    cases = []
+    cases: list[tuple[Any, ...]] = []
     for logits_TV, labels_T, first_row, num_valid in sample_inputs(dtype, device):
         wide = accumulate_dtype(logits_TV)
         dloss_T = torch.rand(len(labels_T), generator=generator, dtype=wide, device=device)
         log_sum_exp_T = logits_TV.to(wide).logsumexp(-1) + torch.rand(len(labels_T), generator=generator, dtype=wide, device=device)
-        cases.append((dloss_T, logits_TV, labels_T, log_sum_exp_T, first_row, num_valid))
+        given = (dloss_T, logits_TV, labels_T, log_sum_exp_T, first_row, num_valid)
+        cases += [given, (*given, 0.9, 0.1 / 41, 0.01)]
     return cases

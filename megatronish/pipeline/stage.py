@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatronish.batch import Batch
 
-LossFunction = Callable[[Tensor, Batch], Tensor]
-"""(logits [S, B, V/tp], microbatch) -> the sum of its token losses, a scalar."""
+
+class LossFunction(Protocol):
+    """What the last stage ends in."""
+
+    def __call__(self, logits_SBV: Tensor, batch: Batch, *, training: bool) -> Tensor:
+        """logits [S, B, V/tp] of a microbatch -> the sum of its token losses, a scalar. `training`: backward will follow."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Stage:
             inputs = batch.tokens_SB if self.is_first else received
             output = self.model(inputs, batch.context)
             if self.is_last:
-                output = self.loss_function(output, batch)
+                output = self.loss_function(output, batch, training=keep)
         if keep:
             self._in_flight[index] = _InFlight(received, output)
         result: Tensor = output.detach()

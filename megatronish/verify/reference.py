@@ -57,7 +57,10 @@ def train_reference(config: Config) -> Reference:
     for step in range(1, config.num_steps + 1):
         batch = global_batch(config, step)
         logits = model(batch.tokens_SB, batch.context)[..., : config.model.vocab_size]
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels_SB.flatten(), reduction="none")
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels_SB.flatten(), reduction="none", label_smoothing=config.train.label_smoothing
+        )
+        losses = losses + config.train.z_loss * logits.flatten(0, 1).logsumexp(-1).square()
         loss = (losses * batch.loss_mask_SB.flatten()).sum() / batch.loss_mask_SB.sum()
         optimizer.zero_grad()
         loss.backward()

@@ -40,6 +40,8 @@ class Case:
     dropout: float = 0.0
     documents: bool = False
     num_layers: int = 4
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -67,6 +69,8 @@ class Case:
             dropout=self.dropout,
             documents=self.documents,
             num_layers=self.num_layers,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
         )
 
     def config(self) -> Config:
@@ -99,6 +103,8 @@ class Case:
                     "micro_batch_size": 2,
                     "dtype": self.dtype,
                     "seed": 7,
+                    "label_smoothing": self.label_smoothing,
+                    "z_loss": self.z_loss,
                 },
             }
         )
