@@ -33,10 +33,20 @@ class AfterStep:
 
     def __post_init__(self) -> None:
         self._since = (0, time.perf_counter())
+        self.saver = checkpointing.Saver(
+            self.run,
+            self.around.folder.checkpoints,
+            data_fingerprint=self.datasets.train.fingerprint,
+            token=self.around.token,
+            storage=self.around.storage,
+            log=self.around.log,
+            work="thread" if self.around.keeps_files else "inline",
+        )
 
     def __call__(self, result: StepResult) -> None:
         """Log, evaluate and save as the config says. Collective over the job."""
         config, step = self.run.config, result.step
+        self.saver.between_steps()
         is_last = step == config.num_steps
         must_save = is_last or (config.checkpoint.interval is not None and step % config.checkpoint.interval == 0)
         if step % config.observe.log_interval == 0 or must_save or self._since[0] == 0:
@@ -53,6 +63,7 @@ class AfterStep:
         config = self.run.config
         loss, grad_norm = read_values(torch.stack((result.loss, result.grad_norm)), [1.0, 1.0])
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.saver.finish()  # on all ranks, since the numbers are the job's: one under way is of a sound step
             raise RuntimeError(
                 f"step {result.step}: loss {loss}, gradient norm {grad_norm}; the run stops, its last checkpoint is sound; a lower "
                 f"optim.lr={config.optim.lr} or a longer optim.warmup_steps={config.optim.warmup_steps} may help"
@@ -107,20 +118,9 @@ class AfterStep:
         self._skip(time.perf_counter() - started)
 
     def save(self, step: int) -> None:
-        """Save a checkpoint after `step`. Collective over the job."""
+        """Save a checkpoint after `step`, or begin to. Collective over the job."""
         started = streams.wall_time(self.run.mesh.device)
-        is_first = self.run.mesh.rank == 0
-        path = checkpointing.save(
-            self.run,
-            self.around.folder.checkpoints,
-            step=step,
-            data_fingerprint=self.datasets.train.fingerprint,
-            token=self.around.token,
-            storage=self.around.storage,
-            log=self.around.log.warning if is_first else self.around.log.debug,
-        )
-        if is_first:  # which alone knows that the rename was done
-            self.around.log.info("saved %s in %.1f s", path, time.perf_counter() - started)
+        self.saver.save(step)
         self._skip(time.perf_counter() - started)
 
     def _skip(self, seconds: float) -> None:

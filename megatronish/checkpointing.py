@@ -6,21 +6,25 @@ parameters themselves are the master weights, rounded.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatronish import __version__
 from megatronish.assemble import Assembly, CutModel, buckets_of, main_dtype
+from megatronish.checkpoint.background import BackgroundSaver, Saved
 from megatronish.checkpoint.load import Checkpoint, newest_loadable
 from megatronish.checkpoint.manifest import TensorSpec, dtype_name
 from megatronish.checkpoint.pieces import Piece
-from megatronish.checkpoint.save import save_checkpoint
+from megatronish.checkpoint.save import SaveJob, save_checkpoint
 from megatronish.checkpoint.storage import Storage
+from megatronish.comm import streams
 from megatronish.config import Config
 from megatronish.layout import ParamLayout
 from megatronish.optim.zero import STATES, saved_boxes
@@ -50,44 +54,89 @@ def pieces_of_rank(config: Config, mesh: Mesh, layout: ParamLayout) -> Callable[
     return pieces
 
 
-def save(
-    run: Assembly,
-    root: Path,
-    *,
-    step: int,
-    data_fingerprint: int,
-    token: str | None,
-    storage: Storage,
-    log: Callable[[str], None],
-) -> Path:
-    """Save the run after `step`. `token` names this launch: what another launch left or still writes is kept apart.
+class Saver:
+    """Saves one run's checkpoints to `root`: within a step, or beside the steps that follow (checkpoint.asynchronous).
 
-    Collective over the job; waits for the device and the disk."""
-    run.optimizer.ensure_parameters()
-    config, mesh, layout = run.config, run.mesh, run.cut.layout
-    consumed_samples = config.batch_schedule.consumed_after(step)
-    return save_checkpoint(
-        root,
-        step=step,
-        local=[(Piece(tensor_name(state, name), box), values) for state, name, box, values in run.optimizer.owned_pieces()],
-        pieces_of_rank=pieces_of_rank(config, mesh, layout),
-        shapes=tensor_specs(config, layout),
-        state={
-            "step": step,
-            "consumed_samples": consumed_samples,
-            "consumed_tokens": consumed_samples * config.data.sequence_length,
-            "data_fingerprint": f"{data_fingerprint:016x}",
-            "config": config.model_dump(),
-            "layout": {"tp": mesh.shape.tp, "pp": mesh.shape.pp, "dp": mesh.shape.dp},
-            "versions": {"megatronish": __version__, "torch": torch.__version__},
-        },
-        world=mesh.groups["world"],
-        keep=config.checkpoint.keep,
-        storage=storage,
-        token=token,
-        log=log,
-        device=mesh.device,
-    )
+    `token` names this launch: what another launch left or still writes is kept apart. Every method is collective over the job."""
+
+    def __init__(
+        self,
+        run: Assembly,
+        root: Path,
+        *,
+        data_fingerprint: int,
+        token: str,
+        storage: Storage,
+        log: logging.Logger,
+        work: Literal["thread", "inline"],
+    ) -> None:
+        self._run, self._root, self._storage, self._token = run, root, storage, token
+        self._data_fingerprint = data_fingerprint
+        self._log = log
+        self._is_first = run.mesh.rank == 0
+        self._background = BackgroundSaver(work=work) if run.config.checkpoint.asynchronous else None
+
+    def save(self, step: int) -> None:
+        """Save the run after `step`. Waits for the device, and for the disk; in the background only for a save still under way."""
+        started = streams.wall_time(self._run.mesh.device)
+        if self._background is None:
+            path = save_checkpoint(self._job(step))
+            self._say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+            return
+        if (before := self._background.step_under_way) is not None:
+            self._warn(f"the save of step {step} waits for that of step {before}: the disk is slower than checkpoint.interval")
+            self.finish()
+        self._background.start(self._job(step))
+        waited = time.perf_counter() - started
+        self._say(f"saving step {step} beside the steps that follow, which waited {waited:.2f} s for a copy of the state")
+
+    def between_steps(self) -> None:
+        """Let a save under way go on, and raise, on every rank, what made it fail. Waits for no disk."""
+        if self._background is not None and (saved := self._background.poll()) is not None:
+            self._say_saved(saved)
+
+    def finish(self) -> None:
+        """Wait until no save is under way."""
+        if self._background is not None and (saved := self._background.finish()) is not None:
+            self._say_saved(saved)
+
+    def _say_saved(self, saved: Saved) -> None:
+        self._say(f"saved {saved.path} in {saved.seconds:.1f} s beside the training")
+
+    def _say(self, text: str) -> None:
+        if self._is_first:
+            self._log.info("%s", text)
+
+    def _warn(self, text: str) -> None:
+        self._log.log(logging.WARNING if self._is_first else logging.DEBUG, "%s", text)
+
+    def _job(self, step: int) -> SaveJob:
+        run = self._run
+        run.optimizer.ensure_parameters()
+        config, mesh, layout = run.config, run.mesh, run.cut.layout
+        consumed_samples = config.batch_schedule.consumed_after(step)
+        return SaveJob(
+            self._root,
+            step=step,
+            local=[(Piece(tensor_name(state, name), box), values) for state, name, box, values in run.optimizer.owned_pieces()],
+            pieces_of_rank=pieces_of_rank(config, mesh, layout),
+            shapes=tensor_specs(config, layout),
+            state={
+                "step": step,
+                "consumed_samples": consumed_samples,
+                "consumed_tokens": consumed_samples * config.data.sequence_length,
+                "data_fingerprint": f"{self._data_fingerprint:016x}",
+                "config": config.model_dump(),
+                "layout": {"tp": mesh.shape.tp, "pp": mesh.shape.pp, "dp": mesh.shape.dp},
+                "versions": {"megatronish": __version__, "torch": torch.__version__},
+            },
+            world=mesh.groups["world"],
+            keep=config.checkpoint.keep,
+            storage=self._storage,
+            token=self._token,
+            log=self._warn,
+            device=mesh.device,
+        )
 
 
 def load_newest(run: Assembly, root: Path, *, log: Callable[[str], None]) -> Mapping[str, Any] | None:

@@ -117,6 +117,7 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
             after.evaluate(0)
         for result in run.trainer.fit(done + 1, config.num_steps):
             after(result)
+        after.saver.finish()
 
 
 def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log: logging.Logger) -> int:

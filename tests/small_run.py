@@ -84,11 +84,11 @@ def megatronish(*arguments: str, timeout: float = 240.0, **variables: str) -> su
     )
 
 
-def start(*arguments: str, stderr: Path) -> subprocess.Popen[bytes]:
+def start(*arguments: str, stderr: Path, **variables: str) -> subprocess.Popen[bytes]:
     """Start `megatronish ARGUMENTS` as the leader of a process group of its own."""
     with open(stderr, "wb") as file:
         return subprocess.Popen(
-            command(*arguments), stdout=subprocess.DEVNULL, stderr=file, env=clean_environment(), start_new_session=True
+            command(*arguments), stdout=subprocess.DEVNULL, stderr=file, env=clean_environment(**variables), start_new_session=True
         )
 
 

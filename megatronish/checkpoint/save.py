@@ -4,7 +4,8 @@
     all          one all-gather of a row of numbers: failed or not, size, digest
     rank 0       manifest, flushed -> rename to step-N, flushed -> older ones removed
 
-A directory named step-N is therefore complete, and nothing writes into it again.
+A directory named step-N is therefore complete, and nothing writes into it again. `background.py` takes the same steps beside the
+training.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """What a rank tells the others about its part."""
 
     failed: int = 0
@@ -62,25 +64,46 @@ class _Row:
     attempt: int = 0
     step_exists: int = 0
     """Rank 0: a directory step-N is there already."""
+    pending: int = 0
+    """It is not done yet, and the other numbers mean nothing: ask again."""
 
 
 @dataclass(frozen=True)
-class _Job:
-    """The arguments of one save."""
+class SaveJob:
+    """One save. `shapes` and `state` (plain JSON) are the same on every rank."""
 
     root: Path
     step: int
     local: Sequence[tuple[Piece, Tensor]]
+    """This rank's pieces and their values, any shape of that many elements, row-major."""
     pieces_of_rank: Callable[[int], Sequence[Piece]]
+    """What rank i saves; over all ranks the pieces tile every tensor of `shapes` exactly once."""
     shapes: Mapping[str, TensorSpec]
     state: Mapping[str, Any]
     world: Group
+    keep: int
+    """How many checkpoints up to this step stay."""
     storage: Storage
-    attempt: int
-    log: Callable[[str], None]
+    token: str | None = None
+    """A word that the ranks of this launch share and no other launch has: it keeps the attempt's directory apart from one that a
+    launch before left behind, or is still writing."""
+    device: torch.device = _CPU
+    """Carries the rows of numbers: of the kind that `world` communicates on."""
+    log: Callable[[str], None] = lambda line: None
+
+    @cached_property
+    def attempt(self) -> int:
+        """A number that every rank of this attempt finds by itself. Without a token, an attempt that is made again after a crash
+        may find its own leftovers: each rank replaces its file, and rank 0 removes what is not listed."""
+        try:
+            text = json.dumps([self.step, self.token, self.state], sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError):
+            text = json.dumps([self.step, self.token])  # the manifest's own encoding reports it, after all ranks have met
+        return as_signed(xxhash.xxh3_64_intdigest(text.encode()))
 
     @property
     def final(self) -> Path:
+        """The complete checkpoint."""
         return self.root / checkpoint_name(self.step)
 
     @property
@@ -92,81 +115,34 @@ class _Job:
         return self.root / f"{checkpoint_name(self.step)}.tmp-{self.attempt_id}"
 
 
-def save_checkpoint(
-    root: Path,
-    *,
-    step: int,
-    local: Sequence[tuple[Piece, Tensor]],
-    pieces_of_rank: Callable[[int], Sequence[Piece]],
-    shapes: Mapping[str, TensorSpec],
-    state: Mapping[str, Any],
-    world: Group,
-    keep: int,
-    storage: Storage,
-    token: str | None = None,
-    device: torch.device = _CPU,
-    log: Callable[[str], None] = lambda line: None,
-) -> Path:
-    """Save `local` (this rank's pieces and their values, any shape of that many elements, row-major) as part of checkpoint `step`.
-
-    `pieces_of_rank(i)` says what rank i saves; over all ranks the pieces tile every tensor of `shapes` exactly once. `shapes` and
-    `state` (plain JSON) are the same on every rank. `token`: a word that the ranks of this launch share and no other launch has; it
-    keeps the attempt's directory apart from one that a launch before left behind, or is still writing. `device` carries the rows of
-    numbers: of the kind that `world` communicates on.
-
-    Collective over `world`: one all-gather of fixed size (more only where step-N exists already: all ranks verify it; a sound one
-    is a UserError, a damaged one is set aside as step-N.bad-<attempt>). Waits for the device and the disk. If any rank fails
-    before the all-gather, every rank raises (UserError for the disk's errors), naming the rank and the reason, and nothing is left
-    behind. After it only rank 0 works; if it fails there, it alone raises, and step-N does not exist. Older checkpoints are
-    untouched until step-N is complete; then all but the `keep` newest up to this step are removed. Returns the path of step-N.
-    """
-    job = _Job(root, step, local, pieces_of_rank, shapes, state, world, storage, _attempt(step, state, token), log)
-    part = _write_own_part(job)
-    assumed = [astuple(replace(part.row, num_pieces=len(pieces))) for pieces in part.plan]
-    rows = [_Row(*values) for values in gather_rows(astuple(part.row), world, device, assumed=assumed)]
-    try:
-        _raise_failures(job, rows, part.error)
-        if rows[0].step_exists:
-            _set_aside(job, device)
-    except Exception:
-        if world.index == 0:
-            _remove_quietly(job, job.temporary)
-        raise
-    if world.index == 0:
-        try:
-            _finish(job, part.plan, rows)
-        except Exception:
-            _remove_quietly(job, job.temporary)
-            raise
-        try:
-            _remove_old(job, keep)
-        except OSError as error:
-            log(f"could not remove old checkpoints of {root}: {error}")
-    return job.final
-
-
-def _attempt(step: int, state: Mapping[str, Any], token: str | None) -> int:
-    """A number that every rank of this attempt finds by itself. Without a token, an attempt that is made again after a crash may
-    find its own leftovers: each rank replaces its file, and rank 0 removes what is not listed."""
-    try:
-        text = json.dumps([step, token, state], sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError):
-        text = json.dumps([step, token])  # the manifest's own encoding reports it, after all ranks have met
-    return as_signed(xxhash.xxh3_64_intdigest(text.encode()))
-
-
 @dataclass(frozen=True)
-class _Part:
-    """One rank's work before the all-gather."""
+class Part:
+    """One rank's work before the ranks agree."""
 
-    row: _Row
+    row: Row
     error: Exception | None = None
     plan: Sequence[Sequence[Piece]] = ()
     """Rank 0: what each rank saves."""
 
 
-def _write_own_part(job: _Job) -> _Part:
-    """Never raises: a rank that did would leave the others waiting in the all-gather."""
+def save_checkpoint(job: SaveJob) -> Path:
+    """Save this rank's part of a checkpoint, and the whole of it. Returns the path of step-N.
+
+    Collective over `job.world`: one all-gather of fixed size (more only where step-N exists already: all ranks verify it; a sound
+    one is a UserError, a damaged one is set aside as step-N.bad-<attempt>). Waits for the device and the disk. If any rank fails
+    before the all-gather, every rank raises (UserError for the disk's errors), naming the rank and the reason, and nothing is left
+    behind. After it only rank 0 works; if it fails there, it alone raises, and step-N does not exist. Older checkpoints are
+    untouched until step-N is complete; then all but the `keep` newest up to this step are removed."""
+    part = write_own_part(job)
+    rows = gather(job, part)
+    accept(job, rows, part.error)
+    if job.world.index == 0:
+        commit(job, part.plan, rows)
+    return job.final
+
+
+def write_own_part(job: SaveJob) -> Part:
+    """Write this rank's file. Never raises an Exception: a rank that did would leave the others waiting in the all-gather."""
     index, storage = job.world.index, job.storage
     try:
         tensors = _named_tensors(job)
@@ -184,14 +160,51 @@ def _write_own_part(job: _Job) -> _Part:
             exists = int(checkpoint_name(job.step) in storage.names(job.root))
         storage.sync_directory(job.temporary)
         high, low = digest_to_numbers(digest)
-        return _Part(_Row(0, 0, size, high, low, len(tensors), job.attempt, exists), plan=plan)
-    except OSError as error:
-        return _Part(_Row(_DISK, error.errno or 0, attempt=job.attempt), error)
+        return Part(Row(0, 0, size, high, low, len(tensors), job.attempt, exists), plan=plan)
     except Exception as error:
-        return _Part(_Row(_INTERNAL, attempt=job.attempt), error)
+        return Part(failure_row(job, error), error)
 
 
-def _named_tensors(job: _Job) -> dict[str, Tensor]:
+def failure_row(job: SaveJob, error: Exception) -> Row:
+    """What a rank that failed tells the others."""
+    if isinstance(error, OSError):
+        return Row(_DISK, error.errno or 0, attempt=job.attempt)
+    return Row(_INTERNAL, attempt=job.attempt)
+
+
+def gather(job: SaveJob, part: Part) -> list[Row]:
+    """Every rank's row. Collective over `job.world`."""
+    assumed = [astuple(replace(part.row, num_pieces=len(pieces))) for pieces in part.plan]
+    return [Row(*values) for values in gather_rows(astuple(part.row), job.world, job.device, assumed=assumed)]
+
+
+def accept(job: SaveJob, rows: Sequence[Row], error: Exception | None) -> None:
+    """Raise, on every rank, what made any of them fail (`error`: this rank's own). Then step-N must not be there: a sound one is a
+    UserError, a damaged one is set aside, which is collective."""
+    try:
+        _raise_failures(job, rows, error)
+        if rows[0].step_exists:
+            _set_aside(job)
+    except Exception:
+        if job.world.index == 0:
+            _remove_quietly(job, job.temporary)
+        raise
+
+
+def commit(job: SaveJob, plan: Sequence[Sequence[Piece]], rows: Sequence[Row]) -> None:
+    """Rank 0, every file being on disk: make it a checkpoint, and remove older ones."""
+    try:
+        _finish(job, plan, rows)
+    except Exception:
+        _remove_quietly(job, job.temporary)
+        raise
+    try:
+        _remove_old(job)
+    except OSError as error:
+        job.log(f"could not remove old checkpoints of {job.root}: {error}")
+
+
+def _named_tensors(job: SaveJob) -> dict[str, Tensor]:
     """This rank's pieces by key, in their boxes' shapes."""
     planned = {piece.key: piece for piece in job.pieces_of_rank(job.world.index)}
     tensors = {}
@@ -206,7 +219,7 @@ def _named_tensors(job: _Job) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_plan(job: _Job, plan: Sequence[Sequence[Piece]]) -> None:
+def _check_plan(job: SaveJob, plan: Sequence[Sequence[Piece]]) -> None:
     """ValueError unless the pieces of all ranks tile every tensor."""
     boxes: dict[str, list[Piece]] = {name: [] for name in job.shapes}
     for piece in (piece for of_rank in plan for piece in of_rank):
@@ -219,13 +232,13 @@ def _check_plan(job: _Job, plan: Sequence[Sequence[Piece]]) -> None:
             raise ValueError(f"the pieces of tensor {name} do not tile it: {problem}")
 
 
-def _manifest(job: _Job, entries: Sequence[FileEntry], plan: Sequence[Sequence[Piece]]) -> bytes:
+def _manifest(job: SaveJob, entries: Sequence[FileEntry], plan: Sequence[Sequence[Piece]]) -> bytes:
     """A rank that owns nothing has no file."""
     files = [(entry, pieces) for entry, pieces in zip(entries, plan, strict=True) if pieces]
     return encode_manifest(job.step, job.state, job.shapes, files)
 
 
-def _raise_failures(job: _Job, rows: Sequence[_Row], error: Exception | None) -> None:
+def _raise_failures(job: SaveJob, rows: Sequence[Row], error: Exception | None) -> None:
     """The same outcome on every rank."""
     where = f"checkpoint of step {job.step} in {job.root} was not saved"
     for rank, row in enumerate(rows):
@@ -242,10 +255,10 @@ def _raise_failures(job: _Job, rows: Sequence[_Row], error: Exception | None) ->
             raise RuntimeError(f"{where}: rank {rank} came with another step, token or state than rank 0")
 
 
-def _set_aside(job: _Job, device: torch.device) -> None:
+def _set_aside(job: SaveJob) -> None:
     """step-N is there. Training comes to a step twice only if what it saved the first time was refused. Collective."""
     try:
-        verify_checkpoint(job.final, world=job.world, device=device)
+        verify_checkpoint(job.final, world=job.world, device=job.device)
     except UserError as problem:
         if job.world.index == 0:
             target = job.root / f"{job.final.name}.bad-{job.attempt_id}"
@@ -257,7 +270,7 @@ def _set_aside(job: _Job, device: torch.device) -> None:
     raise UserError(f"checkpoint {job.final} exists and is sound; it is never written again: remove it or use another run name")
 
 
-def _finish(job: _Job, plan: Sequence[Sequence[Piece]], rows: Sequence[_Row]) -> None:
+def _finish(job: SaveJob, plan: Sequence[Sequence[Piece]], rows: Sequence[Row]) -> None:
     """Rank 0, every file being on disk: list them, and let the name say so."""
     entries = []
     for rank, (row, pieces) in enumerate(zip(rows, plan, strict=True)):
@@ -279,7 +292,7 @@ def _finish(job: _Job, plan: Sequence[Sequence[Piece]], rows: Sequence[_Row]) ->
     job.storage.sync_directory(job.root)
 
 
-def _remove_old(job: _Job, keep: int) -> None:
+def _remove_old(job: SaveJob) -> None:
     """Rank 0, step-N being complete: remove what is no longer needed. Failing here costs disk space, not the run.
 
     Steps after N are left alone: they were refused when this run resumed before them, and are looked at when their turn comes."""
@@ -289,14 +302,14 @@ def _remove_old(job: _Job, keep: int) -> None:
         attempt_step = attempt_step_of(name)
         if attempt_step is not None and attempt_step <= job.step:
             _remove_quietly(job, job.root / name)
-    for name in older[: max(0, len(older) - (keep - 1))]:
+    for name in older[: max(0, len(older) - (job.keep - 1))]:
         # A half-removed directory must not be called step-N.
         gone = job.root / f"{name}.tmp-removed-{job.attempt_id}"
         job.storage.rename(job.root / name, gone)
         _remove_quietly(job, gone)
 
 
-def _remove_quietly(job: _Job, path: Path) -> None:
+def _remove_quietly(job: SaveJob, path: Path) -> None:
     try:
         job.storage.remove(path)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -9,13 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+from megatronish.checkpoint.direct import Bytes, write_stream
 from megatronish.checkpoint.manifest import DTYPES, dtype_name
 
-CHUNK_BYTES = 16 << 20
+_READ_BYTES = 1 << 20
+"""At a time: what was read is still in the cache when it is digested (1 GiB: 0.08 s; 0.14 s with 16 MiB)."""
 
 
 class Storage(Protocol):
@@ -57,22 +61,12 @@ class FileStorage:
 
     def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
         """Host memory needed beyond the tensors: one of them at a time, if it lies on a device."""
-        # Larger elements first, as the safetensors library does: then every tensor is aligned to its element.
-        order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-        header = safetensors_header({key: tensors[key] for key in order})
-        digest, size = xxhash.xxh3_128(header), len(header)
+        ordered = {key: tensors[key] for key in file_order(tensors)}
+        header = safetensors_header(ordered)
+        size = len(header) + sum(tensor.nbytes for tensor in ordered.values())
         self.remove(path)  # a leftover may be held open by a process that has not died yet; never write into its inode
-        with path.open("xb", buffering=0) as file:
-            _write_all(file.fileno(), memoryview(header))
-            for key in order:
-                data = tensors[key].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
-                size += len(data)
-                for start in range(0, len(data), CHUNK_BYTES):
-                    chunk = data[start : start + CHUNK_BYTES]
-                    digest.update(chunk)
-                    _write_all(file.fileno(), chunk)
-            os.fsync(file.fileno())
-        return size, digest.hexdigest()
+        parts = itertools.chain([np.frombuffer(header, np.uint8)], map(_bytes_of, ordered.values()))
+        return size, write_stream(path, parts, size)
 
     def write_bytes(self, path: Path, data: bytes) -> None:
         """In place: the name keeps its inode and its blocks."""
@@ -148,6 +142,19 @@ class NoStorage:
         return True
 
 
+def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys in the order of a file: larger elements first, as the safetensors library does; so all are aligned to their
+    elements."""
+    return sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+
+
+def _bytes_of(tensor: Tensor) -> Bytes:
+    """A tensor's memory, or a copy in the host's. Waits for the device."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    array: Bytes = flat.view(torch.uint8).numpy()
+    return array
+
+
 def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
     """Length and JSON header of a safetensors file that holds these tensors back to back, in this order. Reads no data.
 
@@ -165,7 +172,7 @@ def safetensors_header(tensors: Mapping[str, Tensor]) -> bytes:
 
 def file_digest(path: Path) -> str:
     """xxh3-128 of a file's bytes, 32 hexadecimal digits. Memory: one chunk."""
-    digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
+    digest, buffer = xxhash.xxh3_128(), bytearray(_READ_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -70,6 +73,30 @@ def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return x
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Zeroed uint8 host memory that begins on a page, pinned where `device` is a GPU: copies from there need not wait.
+
+    Mapped, not from torch's pinned allocator, which takes the next power of two."""
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8).zero_()  # every page is there before it is needed
+    if device.type == "cuda":
+        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0)
+        torch.cuda.check_error(int(status))
+    return memory
+
+
+def end_of_work(device: torch.device) -> Callable[[], None]:
+    """A function that waits, on any thread, until the device has done what this thread has given it so far."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
 
 
 def stream_handle(device: torch.device) -> int:

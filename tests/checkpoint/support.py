@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.checkpoint import Checkpoint, FileStorage, Piece, TensorSpec, pieces_of_slice, save_checkpoint, whole_box
+from megatronish.checkpoint import Checkpoint, FileStorage, Piece, SaveJob, TensorSpec, pieces_of_slice, save_checkpoint, whole_box
 from megatronish.comm import Group, single_process_group
 from megatronish.layout import Rectangle, shard_range
 
@@ -133,17 +133,19 @@ def save(
     shapes = SHAPES if shapes is None else shapes
     values = values_of(shapes, step) if values is None else values
     return save_checkpoint(
-        root,
-        step=step,
-        local=part(values, layout.pieces(shapes, group.index)),
-        pieces_of_rank=lambda rank: layout.pieces(shapes, rank),
-        shapes=shapes,
-        state={"consumed_samples": step * 8} if state is None else state,
-        world=group,
-        keep=keep,
-        storage=storage or FileStorage(),
-        token=token,
-        log=log,
+        SaveJob(
+            root,
+            step=step,
+            local=part(values, layout.pieces(shapes, group.index)),
+            pieces_of_rank=lambda rank: layout.pieces(shapes, rank),
+            shapes=shapes,
+            state={"consumed_samples": step * 8} if state is None else state,
+            world=group,
+            keep=keep,
+            storage=storage or FileStorage(),
+            token=token,
+            log=log,
+        )
     )
 
 

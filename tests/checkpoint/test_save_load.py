@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatronish.checkpoint import FileStorage, NoStorage, find_checkpoints, newest_loadable, open_checkpoint, save_checkpoint
+from megatronish.checkpoint import (
+    FileStorage,
+    NoStorage,
+    SaveJob,
+    find_checkpoints,
+    newest_loadable,
+    open_checkpoint,
+    save_checkpoint,
+)
 from megatronish.checkpoint.pieces import Piece, whole_box
 from megatronish.comm import Group, single_process_group
 from megatronish.errors import UserError
@@ -101,15 +109,17 @@ def test_a_rehearsal_saves_fake_tensors_and_writes_nothing(tmp_path: Path, rank:
             for piece in layout.pieces(shapes, rank)
         ]
         save_checkpoint(
-            tmp_path / "run",
-            step=7,
-            local=local,
-            pieces_of_rank=lambda r: layout.pieces(shapes, r),
-            shapes=shapes,
-            state={},
-            world=Group("world", tuple(range(6)), rank),
-            keep=2,
-            storage=NoStorage(),
+            SaveJob(
+                tmp_path / "run",
+                step=7,
+                local=local,
+                pieces_of_rank=lambda r: layout.pieces(shapes, r),
+                shapes=shapes,
+                state={},
+                world=Group("world", tuple(range(6)), rank),
+                keep=2,
+                storage=NoStorage(),
+            )
         )
     assert len(asked) == 1
     assert list(tmp_path.iterdir()) == []
@@ -202,15 +212,17 @@ def test_twenty_thousand_pieces_open_and_read(tmp_path: Path) -> None:
     pieces = [Piece(name, Rectangle((row, 0), (1, 3))) for name in shapes for row in range(200)]
     values = values_of(shapes, 1)
     path = save_checkpoint(
-        tmp_path,
-        step=1,
-        local=part(values, pieces),
-        pieces_of_rank=lambda rank: pieces,
-        shapes=shapes,
-        state={},
-        world=single_process_group(),
-        keep=1,
-        storage=FileStorage(),
+        SaveJob(
+            tmp_path,
+            step=1,
+            local=part(values, pieces),
+            pieces_of_rank=lambda rank: pieces,
+            shapes=shapes,
+            state={},
+            world=single_process_group(),
+            keep=1,
+            storage=FileStorage(),
+        )
     )
     checkpoint = open_checkpoint(path)
     out = torch.empty(50, 2)

@@ -1,0 +1,165 @@
+"""checkpoint.asynchronous=true in whole runs: the same bits, one save at a time, failures seen by every rank, crashes survived."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatronish import train
+from megatronish.checkpoint.storage import FileStorage
+from megatronish.comm.recording import Call, Recorder
+from megatronish.config import Config
+from megatronish.config_loader import load_config
+from megatronish.parallel.mesh import MeshShape, build_mesh
+from megatronish.preflight.rehearse import play, rehearse
+from megatronish.run_folder import RunFolder
+from megatronish.surroundings import Surroundings, open_datasets
+from tests.parallel.parity import Case
+from tests.ranks import ranks
+from tests.small_run import (
+    assert_same_bits,
+    descendants,
+    error_lines,
+    kill_group,
+    losses,
+    megatronish,
+    saved_tensors,
+    start,
+    wait_until,
+    wait_until_ended,
+    write_run,
+)
+from tests.test_resume import train_life
+
+ASYNC = "checkpoint.asynchronous=true"
+
+# Python imports this module in every process. The disk of rank 1 takes for ever over step 10, half of whose file is there.
+STUCK_DISK = """
+import os, time
+from megatronish.checkpoint.storage import FileStorage
+whole = FileStorage.write_tensors
+def write_tensors(self, path, tensors):
+    result = whole(self, path, tensors)
+    if "step-00000010" in str(path) and os.environ.get("RANK", "0") == "{rank}":
+        os.truncate(path, result[0] // 2)
+        {then}
+    return result
+FileStorage.write_tensors = write_tensors
+"""
+
+
+def plant(folder: Path, *, rank: int, then: str) -> dict[str, str]:
+    """The environment in which rank `rank` does `then` in the middle of writing step 10."""
+    (folder / "site").mkdir()
+    (folder / "site/sitecustomize.py").write_text(STUCK_DISK.format(rank=rank, then=then))
+    return {"PYTHONPATH": f"{folder / 'site'}:{Path(__file__).parent.parent}"}
+
+
+def test_the_run_and_its_files_are_those_of_saves_that_wait(tmp_path: Path) -> None:
+    config = write_run(tmp_path, checkpoint={"interval": 5, "keep": 3})
+    for name, override in (("waits", "checkpoint.asynchronous=false"), ("goes-on", ASYNC)):
+        train_life(config, f"name={name}", override, world_size=2)
+    waits, goes_on = tmp_path / "runs/waits", tmp_path / "runs/goes-on"
+    assert losses(goes_on) == losses(waits)
+    names = sorted(path.name for path in (waits / "checkpoints").iterdir())
+    assert names == ["step-00000010", "step-00000015", "step-00000020"]
+    assert sorted(path.name for path in (goes_on / "checkpoints").iterdir()) == names
+    for name in names:
+        for file in ("rank-00000.safetensors", "rank-00001.safetensors"):
+            assert (goes_on / "checkpoints" / name / file).read_bytes() == (waits / "checkpoints" / name / file).read_bytes()
+        assert_same_bits(saved_tensors(goes_on, int(name[5:])), saved_tensors(waits, int(name[5:])))
+
+
+class SlowDisk(FileStorage):
+    """A second a file."""
+
+    def write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+        time.sleep(1.0)
+        return super().write_tensors(path, tensors)
+
+
+def test_a_second_save_waits_for_the_first_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(write_run(tmp_path), [ASYNC, "checkpoint.interval=7", "train.steps=15"])
+    folder = RunFolder.of(config)
+    folder.prepare(config)
+    mesh = build_mesh(MeshShape(), 0, device=torch.device("cpu"))
+    log = logging.getLogger("tests.async")
+    around = Surroundings(folder, log, token="test", storage=SlowDisk())
+    with caplog.at_level(logging.INFO, "tests.async"), contextlib.redirect_stderr(io.StringIO()):
+        train.run_training(config, mesh, open_datasets(config), around)
+    lines = [record.getMessage() for record in caplog.records]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings[0].startswith("the save of step 14 waits for that of step 7: ")
+    order = ["saving step 7", "step 14 waits", "step-00000007 in", "saving step 14", "step-00000014 in", "saving step 15"]
+    at = [next(i for i, line in enumerate(lines) if words in line) for words in order]
+    assert at == sorted(at)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-00000007", "step-00000014", "step-00000015"]
+
+
+@pytest.mark.timeout(600)
+def test_sigkill_in_the_middle_of_a_save_leaves_the_last_whole_and_the_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    killed, straight = tmp_path / "runs/killed", tmp_path / "runs/straight"
+    command = ("train", str(config), ASYNC, "--nproc", "2")
+    environment = plant(tmp_path, rank=1, then="time.sleep(1e6)")
+    life = start(*command, "name=killed", "checkpoint.interval=5", stderr=tmp_path / "stderr", **environment)
+    # The save of step 15 would wait for ever; until then the training goes on.
+    wait_until(
+        lambda: (killed / "metrics.jsonl").exists() and '"step": 14' in (killed / "metrics.jsonl").read_text(),
+        seconds=200,
+        what="step 14",
+    )
+    processes = descendants(life.pid)
+    kill_group(life)
+    wait_until_ended(processes, seconds=60)
+    names = sorted(path.name.partition(".tmp-")[0] for path in (killed / "checkpoints").iterdir())
+    assert names == ["step-00000005", "step-00000010"] and not (killed / "checkpoints/step-00000010").exists()
+    resumed = megatronish(*command, "name=killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after step 5" in resumed.stderr and "REFUSED" not in resumed.stderr
+    train_life(config, "name=straight", world_size=2)
+    assert losses(killed) == losses(straight)
+    assert_same_bits(saved_tensors(killed, 20), saved_tensors(straight, 20))
+    assert not list((killed / "checkpoints").glob("*.tmp-*"))
+
+
+@pytest.mark.timeout(600)
+def test_a_disk_that_fails_beside_the_training_ends_every_rank_at_the_same_step_with_one_line(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    environment = plant(tmp_path, rank=1, then="raise OSError(28, 'No space left on device')")
+    result = megatronish("train", str(config), ASYNC, "train.steps=100000", "--nproc", "2", **environment)
+    assert result.returncode == 2, result.stderr
+    (line,) = error_lines(result.stderr)
+    assert "checkpoint of step 10" in line and "rank 1: No space left on device" in line and "free space" in line
+    assert "Traceback" not in result.stderr and "lost a peer" not in result.stderr
+    run = tmp_path / "runs/tiny"
+    for rank in range(2):
+        assert "rank 1: No space left on device" in (run / f"logs/rank-{rank:05d}.log").read_text()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000005"]
+    assert max(losses(run)) < 15  # the save of step 15 would have met it in any case
+
+
+def record_real_run(rank: int, config: Config, world_size: int, recorder: Recorder) -> list[Call]:
+    play(config, rank, world_size, device_kind="cpu", device_copy=lambda x: x)
+    return recorder.calls
+
+
+def test_a_rehearsal_makes_the_calls_of_a_real_run() -> None:
+    case = Case(tp=2, dp=2, dtype="float32")
+    checkpoint = case.config().checkpoint.model_copy(update={"asynchronous": True, "interval": 1})
+    config = case.config().model_copy(update={"checkpoint": checkpoint})
+    real = ranks(4).run(record_real_run, config, 4, recorded=True)
+    for rank in range(4):
+        assert rehearse(config, rank=rank, world_size=4, device_kind="cpu") == real[rank]
+    # The save of step 1 takes one row of each rank after step 2, and ends before the next begins; the last is waited for.
+    rows = [call for call in real[0] if call.operation == "all_gather" and call.dtype == "int64" and call.axis == "world"]
+    width = rows[-1].num_elements
+    assert sum(call.num_elements == width for call in rows) == 4
