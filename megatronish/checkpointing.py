@@ -86,6 +86,7 @@ class Saver:
         if (before := self._background.step_under_way) is not None:
             self._warn(f"the save of step {step} waits for that of step {before}: the disk is slower than checkpoint.interval")
             self.finish()
+            started = time.perf_counter()
         self._background.start(self._job(step))
         waited = time.perf_counter() - started
         self._say(f"saving step {step} beside the steps that follow, which waited {waited:.2f} s for a copy of the state")
