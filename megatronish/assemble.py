@@ -94,15 +94,17 @@ def buckets_of(config: Config, layout: ParamLayout, *, stage: int, tp_rank: int,
     size = bucket_elements(config.optim.bucket_mib, torch.empty((), dtype=main_dtype(config)).element_size())
     placements = layout.of_stage(stage)
     close: Literal["by kind", "together"] = "together" if config.parallel.zero_stage == 2 else "by kind"
-    return plan_buckets(placements, tp_rank=tp_rank, tp_size=layout.tp_size, dp_size=dp_size, bucket_elements=size, close=close)
+    at: dict[str, int] = {"stage": stage, "tp_rank": tp_rank, "tp_size": layout.tp_size, "dp_size": dp_size}
+    return plan_buckets(placements, bucket_elements=size, close=close, **at)
 
 
 def cut_model(config: Config, mesh: Mesh) -> CutModel:
     """Build this rank's stage under global names, cut it by its plan, and give it flat memory (NaN until drawn or loaded)."""
-    plan = MODELS[config.model.architecture].tensor_parallel_plan
+    architecture = MODELS[config.model.architecture]
+    plan, tied = architecture.plan(config.model), architecture.tied_parameters(config.model)
     stages = plain_stages(config)
     sequence_parallel = config.parallel.sequence and mesh.size("tp") > 1
-    layout = make_param_layout(stages, plan, tp_size=mesh.size("tp"), sequence_parallel=sequence_parallel)
+    layout = make_param_layout(stages, plan, tp_size=mesh.size("tp"), sequence_parallel=sequence_parallel, tied=tied)
     gradients = WeightGradientQueue()
     tp = TensorParallel(
         group=mesh.groups["tp"],

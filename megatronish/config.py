@@ -38,7 +38,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The shape of the network. Letters of `batch.py`: D hidden_size, H num_heads, F mlp_size, V vocab_size."""
 
-    architecture: Literal["llama"] = "llama"
+    architecture: Literal["llama", "gpt2"] = "llama"
     """A row of the table `megatronish.models.MODELS`."""
     num_layers: PositiveInt
     """Transformer blocks in the whole model."""

@@ -22,7 +22,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """Input features are cut: the weight along `dim`. The input is local, partial outputs are summed over tp."""
+    """Input features are cut: the weight along `dim`. The input is local, partial outputs are summed over tp; a bias is whole on
+    every rank and added after the sum."""
 
     dim: int = 1
 
@@ -39,7 +40,13 @@ class Replicated:
     """Every tp rank holds all of it. Under sequence parallelism each sees S/tp tokens, so its gradient is owed a sum over tp."""
 
 
-Rule = Column | Row | Vocab | Replicated
+@dataclass(frozen=True)
+class ReplicatedTable:
+    """An embedding that every tp rank holds whole. Its input is whole along S; each rank looks up the tokens it goes on with: under
+    sequence parallelism S/tp of them, so its gradient is owed a sum over tp."""
+
+
+Rule = Column | Row | Vocab | Replicated | ReplicatedTable
 Plan = Mapping[str, Rule]
 
 
@@ -123,7 +130,12 @@ class ParamPlacement:
     owner_stage: int
     """The stage that counts it in the norm and saves it."""
     sum_gradient_over: tuple[str, ...] = ()
-    """Mesh axes, beside dp, over which its gradient is partial and owed a sum."""
+    """Groups of the mesh, beside dp, over which its gradient is partial and owed a sum."""
+    is_bias: bool = False
+    """Of a linear or a norm: it does not decay, whatever its shape."""
+    tied: bool = False
+    """Used at both ends of the model: its gradient is complete only when all backward is done, and, where the ends are two
+    stages, summed over them (the group "ends")."""
 
     def local_rectangle(self, tp_rank: int, tp_size: int) -> Rectangle:
         """The box of the global tensor that `tp_rank` holds."""

@@ -1,4 +1,4 @@
-"""The three products of a linear layer, y = x W^T: forward, input gradient, and weight gradient added straight into its bucket.
+"""The three products of a linear layer, y = x W^T + b: forward, input gradient, and gradients added straight into their buckets.
 
 A weight may have structured leading dimensions [..., I] (heads, gate and up); they count as one, O.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 from megatronish.kernels.registry import accumulate_dtype, register
 
 
-def reference(x: Tensor, weight: Tensor) -> Tensor:
-    """Plain PyTorch: x W^T."""
-    return torch.nn.functional.linear(x, weight.flatten(0, -2))
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Plain PyTorch: x W^T + b."""
+    return torch.nn.functional.linear(x, weight.flatten(0, -2), None if bias is None else bias.flatten())
 
 
-def _forward_fake(x: Tensor, weight: Tensor) -> Tensor:
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], math.prod(weight.shape[:-1]))
 
 
@@ -50,18 +50,22 @@ def _weight_gradient(bucket: Tensor, dy: Tensor, x: Tensor) -> None:
         bucket_OI.add_(dy_OT @ x_TI)
 
 
+def _bias_gradient(bucket: Tensor, dy: Tensor) -> None:
+    bucket.add_(dy.flatten(0, -2).sum(0, dtype=bucket.dtype).view_as(bucket))
+
+
 def _row_gradient(bucket_VD: Tensor, dy: Tensor, rows: Tensor) -> None:
     # Rows of other ranks add zero to row 0: no data-dependent shape, so nothing waits for the device.
     here = (rows >= 0) & (rows < bucket_VD.shape[0])
     bucket_VD.index_add_(0, (rows * here).flatten(), (dy.to(bucket_VD.dtype) * here[..., None]).flatten(0, -2))
 
 
-def _nothing(bucket: Tensor, dy: Tensor, x: Tensor) -> None:
+def _nothing(*arguments: Tensor) -> None:
     return None
 
 
-linear = register("linear(Tensor x, Tensor weight) -> Tensor", reference, _forward_fake)
-"""x [..., I], weight [..., I] -> [..., O], of one dtype. Without autograd: `parallel/tensor.py` owns its backward."""
+linear = register("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", reference, _forward_fake)
+"""x [..., I], weight [..., I], bias [...] -> [..., O], of one dtype. Without autograd: `parallel/tensor.py` owns its backward."""
 
 linear_input_gradient = register(
     "linear_input_gradient(Tensor dy, Tensor weight) -> Tensor", input_gradient_reference, _input_gradient_fake
@@ -73,10 +77,19 @@ accumulate_weight_gradient = register(
 )
 """bucket, shaped like the weight, += dy [..., O]^T x [..., I]; bucket: float32 (or float64), dy and x: the activations' dtype."""
 
+accumulate_bias_gradient = register("accumulate_bias_gradient(Tensor(a!) bucket, Tensor dy) -> ()", _bias_gradient, _nothing)
+"""bucket, shaped like the bias, += the sum of dy [..., O] over all but its last dimension, summed in the bucket's dtype."""
+
 accumulate_row_gradient = register(
     "accumulate_row_gradient(Tensor(a!) bucket, Tensor dy, Tensor rows) -> ()", _row_gradient, _nothing
 )
 """bucket [V, D] at rows[...] += dy [..., D], for rows int64 inside [0, V); others are left out."""
+
+
+def bias_gradient_reference(bucket: Tensor, dy: Tensor) -> None:
+    """Plain PyTorch, token by token."""
+    for dy_O in dy.flatten(0, -2).to(bucket.dtype):
+        bucket.add_(dy_O.view_as(bucket))
 
 
 def row_gradient_reference(bucket_VD: Tensor, dy: Tensor, rows: Tensor) -> None:
@@ -90,16 +103,21 @@ def _random(dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
     return partial(torch.randn, generator=torch.Generator(device).manual_seed(0), dtype=dtype, device=device)
 
 
-def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor]]:
-    """Inputs that tests and benches run every implementation on: (x, weight)."""
+def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Inputs that tests and benches run every implementation on: (x, weight, bias or None)."""
     draw = _random(dtype, device)
-    return [(draw(5, 2, 24), draw(16, 24)), (draw(3, 1, 8), draw(2, 4, 6, 8)), (draw(1, 1, 33), draw(2, 7, 33))]
+    return [
+        (draw(5, 2, 24), draw(16, 24), None),
+        (draw(3, 1, 8), draw(2, 4, 6, 8), draw(2, 4, 6)),
+        (draw(1, 1, 33), draw(2, 7, 33), None),
+        (draw(4, 3, 9), draw(5, 9), draw(5)),
+    ]
 
 
 def input_gradient_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor]]:
     """(dy, weight)."""
     draw = _random(dtype, device)
-    return [(draw(*x.shape[:-1], math.prod(w.shape[:-1])), w) for x, w in sample_inputs(dtype, device)]
+    return [(draw(*x.shape[:-1], math.prod(w.shape[:-1])), w) for x, w, _ in sample_inputs(dtype, device)]
 
 
 def weight_gradient_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -107,8 +125,17 @@ def weight_gradient_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple
     draw = _random(dtype, device)
     return [
         (draw(*w.shape).to(accumulate_dtype(x)), draw(*x.shape[:-1], math.prod(w.shape[:-1])), x)
-        for x, w in sample_inputs(dtype, device)
+        for x, w, _ in sample_inputs(dtype, device)
     ]
+
+
+def bias_gradient_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor]]:
+    """(bucket, dy)."""
+    draw, cases = _random(dtype, device), []
+    for shape, tokens in [((16,), (5, 2)), ((2, 3, 4), (4, 3)), ((7,), (1, 1))]:
+        dy = draw(*tokens, math.prod(shape))
+        cases.append((draw(*shape).to(accumulate_dtype(dy)), dy))
+    return cases
 
 
 def row_gradient_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -15,6 +15,8 @@ from megatronish.kernels import (
     cached_attention,
     cross_entropy,
     dropout,
+    gelu,
+    layer_norm,
     linear,
     masked_attention,
     rms_norm,
@@ -85,8 +87,10 @@ KERNELS: dict[str, Kernel] = {
     row.name: row
     for row in (
         Kernel("rms_norm", rms_norm.rms_norm, rms_norm.reference, rms_norm.sample_inputs, differentiable=(0, 1)),
+        Kernel("layer_norm", layer_norm.layer_norm, layer_norm.reference, layer_norm.sample_inputs, differentiable=(0, 1, 2)),
         Kernel("split_rotary", rotary.split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
         Kernel("swiglu", swiglu.swiglu, swiglu.reference, swiglu.sample_inputs, differentiable=(0,)),
+        Kernel("gelu", gelu.gelu, gelu.reference, gelu.sample_inputs, differentiable=(0,)),
         Kernel("attention", attention.attention, _attention_reference, attention.sample_inputs, differentiable=(0, 1, 2)),
         Kernel(
             "masked_attention",
@@ -109,6 +113,13 @@ KERNELS: dict[str, Kernel] = {
             linear.accumulate_weight_gradient,
             linear.weight_gradient_reference,
             linear.weight_gradient_sample_inputs,
+            mutated=(0,),
+        ),
+        Kernel(
+            "accumulate_bias_gradient",
+            linear.accumulate_bias_gradient,
+            linear.bias_gradient_reference,
+            linear.bias_gradient_sample_inputs,
             mutated=(0,),
         ),
         Kernel(

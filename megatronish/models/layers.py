@@ -12,23 +12,31 @@ from megatronish.batch import TokenContext
 from megatronish.comm.random import stream_key
 from megatronish.kernels.attention import attention
 from megatronish.kernels.dropout import dropout
+from megatronish.kernels.layer_norm import layer_norm
 from megatronish.kernels.masked_attention import WeightDropout, masked_attention
 from megatronish.kernels.rms_norm import rms_norm
 
 
 class Linear(nn.Module):
-    """y = x W^T. The weight's leading dimensions may be structured (heads, gate and up), so that a cut along one is contiguous."""
+    """y = x W^T + b. The weight's leading dimensions may be structured (heads, gate and up), so that a cut along one is contiguous;
+    the bias has the same."""
 
-    def __init__(self, in_features: int, out_shape: tuple[int, ...], *, dtype: torch.dtype, device: str) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_shape: tuple[int, ...], *, bias: bool = False, dtype: torch.dtype, device: str
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*out_shape, in_features, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(out_shape, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., prod(out_shape)]."""
-        return nn.functional.linear(x, self.weight.flatten(0, -2))
+        return nn.functional.linear(x, self.weight.flatten(0, -2), None if self.bias is None else self.bias.flatten())
 
     def extra_repr(self) -> str:
-        return f"in={self.weight.shape[-1]}, out={math.prod(self.weight.shape[:-1])}, weight={list(self.weight.shape)}"
+        shape = self.weight.shape
+        return f"in={shape[-1]}, out={math.prod(shape[:-1])}, weight={list(shape)}" + (", bias" if self.bias is not None else "")
 
 
 class Embedding(nn.Module):
@@ -41,6 +49,10 @@ class Embedding(nn.Module):
     def forward(self, tokens_SB: Tensor) -> Tensor:
         """int64 [S, B] -> [S, B, D]."""
         return nn.functional.embedding(tokens_SB, self.weight)
+
+    def project(self, x_SBD: Tensor) -> Tensor:
+        """x W^T, the product with every row (tied embeddings): [S, B, D] -> [S, B, rows]."""
+        return nn.functional.linear(x_SBD, self.weight)
 
     def extra_repr(self) -> str:
         return f"weight={list(self.weight.shape)}"
@@ -57,6 +69,23 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LayerNorm(nn.Module):
+    """To zero mean and unit variance, then by a weight, plus a bias. Pointwise over S and B."""
+
+    def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(hidden_size, dtype=dtype, device=device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

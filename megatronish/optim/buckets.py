@@ -43,8 +43,16 @@ class Bucket:
     weight_decay: bool
     replicated: bool
     """Every tp rank has the same values: only tp rank 0 counts them in the norm and saves them."""
+    tied: bool
+    """Gradients come from both ends of the model: complete only when all backward is done. Such buckets are the last ones."""
+    on_owner_stage: bool
+    """False: another stage counts it in the norm and saves it."""
     group: int
     """Consecutive buckets with one number are filled by the same stretch of the backward."""
+
+    def is_counted_by(self, tp_rank: int) -> bool:
+        """Whether this stage's rank counts it in the norm and saves it, as exactly one rank does (but for the cut over data)."""
+        return self.on_owner_stage and not (self.replicated and tp_rank > 0)
 
     def owned_range(self, dp_rank: int, dp_size: int) -> tuple[int, int]:
         """[start, stop) of the slice of data rank `dp_rank`."""
@@ -62,11 +70,11 @@ class Bucket:
 
 def decays(placement: ParamPlacement) -> bool:
     """Matrices and embeddings decay; norms and biases (one dimension) do not (Loshchilov and Hutter 2019; so do GPT-3, Llama)."""
-    return len(placement.global_shape) >= 2
+    return len(placement.global_shape) >= 2 and not placement.is_bias
 
 
-Kind = tuple[tuple[str, ...], bool, bool]
-"""(sum_gradient_over, weight_decay, replicated)"""
+Kind = tuple[tuple[str, ...], bool, bool, bool, bool]
+"""(sum_gradient_over, weight_decay, replicated, tied, on_owner_stage)"""
 
 
 def plan_buckets(
@@ -76,9 +84,11 @@ def plan_buckets(
     tp_size: int,
     dp_size: int,
     bucket_elements: int,
+    stage: int = 0,
     close: Literal["by kind", "together"] = "by kind",
 ) -> list[Bucket]:
-    """Cut one stage's parameters into buckets of about `bucket_elements`, last layer first: the order backward finishes them in.
+    """Cut the parameters of `stage` into buckets of about `bucket_elements`, last layer first: the order backward finishes them in;
+    after all of them the tied ones.
 
     `by kind`: a bucket is closed when it is full, so that of vectors there are few buckets. `together`: when all open buckets
     are, they are closed as one group, so that none stays open while backward goes on."""
@@ -92,8 +102,18 @@ def plan_buckets(
             slots, unit = open_slots.pop(kind), dp_size * ALIGNMENT
             buckets.append(Bucket(tuple(slots), -(-slots[-1].stop // unit) * unit, *kind, group))
 
-    for name, placement in reversed(list(placements.items())):
-        kind = (placement.sum_gradient_over, decays(placement), placement.shard_dim is None and tp_size > 1)
+    def close_all() -> None:
+        if close == "together" and open_slots:
+            close_group(list(open_slots))
+        for kind in list(open_slots):
+            close_group([kind])
+
+    last_first = reversed(list(placements.items()))
+    for name, placement in sorted(last_first, key=lambda item: item[1].tied):
+        if placement.tied:  # nothing else shares a bucket or a group with it
+            close_all()
+        replicated, on_owner_stage = placement.shard_dim is None and tp_size > 1, placement.owner_stage == stage
+        kind = (placement.sum_gradient_over, decays(placement), replicated, placement.tied, on_owner_stage)
         slots = open_slots.setdefault(kind, [])
         box = placement.local_rectangle(tp_rank, tp_size)
         # Every parameter starts on its own cache line, as torch's allocator would place it.
@@ -106,10 +126,7 @@ def plan_buckets(
         elif close == "together" and filled >= bucket_elements:
             close_group(list(open_slots))
             filled = 0
-    if close == "together" and open_slots:
-        close_group(list(open_slots))
-    for kind in list(open_slots):
-        close_group([kind])
+    close_all()
     return buckets
 
 

@@ -92,7 +92,8 @@ class GradBuffer:
         if self._missing is None:
             return
         self._missing[self._bucket_of[parameter]].discard(parameter)
-        while self._next < len(self.buckets) and not self._missing[self._next]:
+        # A tied bucket is owed more than one contribution of a microbatch, here or on another stage: `finish` reduces it.
+        while self._next < len(self.buckets) and not self.buckets[self._next].tied and not self._missing[self._next]:
             self._pending.append(self._start_reduction(self._next))
             self._next += 1
 

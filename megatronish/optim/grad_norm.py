@@ -9,12 +9,13 @@ from megatronish.optim.grad_buffer import GradBuffer
 
 
 def owned_square_sum(grads: GradBuffer) -> Tensor:
-    """The sum of squares of what this rank counts: its data slice of every bucket, replicated buckets on tp rank 0 only.
+    """The sum of squares of what this rank counts: its data slice of every bucket; replicated buckets on tp rank 0 only, tied ones
+    on their owner stage only.
 
     A scalar in the buckets' dtype; the sum of it over the world is the squared norm. Does not wait for the device."""
     total = torch.zeros((), dtype=torch.float64, device=grads.device)
     for index, bucket in enumerate(grads.buckets):
-        if not bucket.replicated or grads.groups["tp"].index == 0:
+        if bucket.is_counted_by(grads.groups["tp"].index):
             total += square_sum(grads.owned(index))
     return total.to(grads.dtype)
 

@@ -38,13 +38,14 @@ class FlatParameters:
         assert not left, f"no bucket holds {left[:3]}"
 
     def draw(self, placements: Mapping[str, ParamPlacement], *, seed: int, std_of: Callable[[str], float | None]) -> None:
-        """Give every parameter its first values: a function of (seed, name, global coordinates) alone; a std of None means ones."""
+        """Give every parameter its first values: a function of (seed, name, global coordinates) alone; a std of None means ones, 0
+        zeros."""
         with torch.no_grad():
             for bucket in self.buckets:
                 for slot in bucket.slots:
                     parameter, std = self.by_name[slot.name], std_of(slot.name)
-                    if std is None:
-                        parameter.fill_(1.0)
+                    if not std:
+                        parameter.fill_(1.0 if std is None else 0.0)
                         continue
                     shape, key = placements[slot.name].global_shape, stream_key(seed, "init", slot.name)
                     normal_fill_(parameter, offsets=slot.local_box.offsets, global_shape=shape, key=key, std=std)

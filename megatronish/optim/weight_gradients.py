@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatronish.kernels.linear import accumulate_row_gradient, accumulate_weight_gradient
+from megatronish.kernels.linear import accumulate_bias_gradient, accumulate_row_gradient, accumulate_weight_gradient
 from megatronish.optim.grad_buffer import GradBuffer
 
 
@@ -24,6 +24,12 @@ class WeightGradientQueue:
         assert self.grad_buffer is not None, "backward before attach()"
         accumulate_weight_gradient(self.grad_buffer.view(weight), dy, x)
         self.grad_buffer.contributed(weight)
+
+    def bias(self, bias: nn.Parameter, dy: Tensor) -> None:
+        """bucket[bias] += sum of dY over tokens."""
+        assert self.grad_buffer is not None, "backward before attach()"
+        accumulate_bias_gradient(self.grad_buffer.view(bias), dy)
+        self.grad_buffer.contributed(bias)
 
     def rows(self, weight: nn.Parameter, dy: Tensor, rows: Tensor) -> None:
         """bucket[weight][rows[...]] += dy[...]; rows outside the weight are another rank's and are left out."""

@@ -93,7 +93,7 @@ class ZeroAdamW:
     def owned_pieces(self) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
         """What this rank saves: (state, parameter, box of the global tensor, its values as a flat view)."""
         for bucket, state in zip(self.parameters.buckets, self.states, strict=True):
-            if not (bucket.replicated and self.grads.groups["tp"].index > 0):
+            if bucket.is_counted_by(self.grads.groups["tp"].index):
                 yield from self._pieces(bucket, state, *bucket.owned_range(self.dp.index, self.dp.size))
 
     def needed_pieces(self) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
@@ -123,7 +123,7 @@ class ZeroAdamW:
 def saved_boxes(buckets: list[Bucket], *, tp_rank: int, dp_rank: int, dp_size: int) -> Iterator[tuple[str, str, Rectangle]]:
     """(state, parameter, box) that the rank at these coordinates saves: `owned_pieces` as a pure function, for any rank."""
     for bucket in buckets:
-        if bucket.replicated and tp_rank > 0:
+        if not bucket.is_counted_by(tp_rank):
             continue
         for name, box, _ in bucket.pieces(*bucket.owned_range(dp_rank, dp_size)):
             for kind in STATES:

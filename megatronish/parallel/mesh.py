@@ -62,7 +62,7 @@ class Mesh:
     shape: MeshShape
     rank: int
     groups: Mapping[str, Group]
-    """By axis, and "world"."""
+    """By axis, "world", and on the ranks of the first and the last stage "ends": those two of this rank's pipeline."""
     device: torch.device
     device_kind: str
 
@@ -89,8 +89,12 @@ def build_mesh(shape: MeshShape, rank: int, *, device: torch.device, device_kind
     """Create this rank's groups, axis by axis in one fixed order. Every rank of the job must call it."""
     kind = device_kind or device.type
     groups = {"world": world_group(device_kind=kind)}
-    for axis in AXES:
-        groups[axis] = new_group(axis, shape.ranks_along(axis, rank), rank, device_kind=kind)
+    members = {axis: shape.ranks_along(axis, rank) for axis in AXES}
+    stages = members["pp"]
+    if rank in (stages[0], stages[-1]):
+        members["ends"] = tuple(sorted({stages[0], stages[-1]}))
+    for axis, its_ranks in members.items():
+        groups[axis] = new_group(axis, its_ranks, rank, device_kind=kind)
         # Opened at once and by all members: NCCL builds a communicator at its first call, which must not be a pipeline's exchange
         # between two of them.
         all_reduce(torch.zeros(1, device=device), groups[axis])

@@ -8,8 +8,8 @@ under the input gradient's communication, and accumulates where the sink says.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatronish.comm import Group, Pending
 from megatronish.comm.collectives import start_all_gather, start_all_reduce, start_reduce_scatter
 from megatronish.kernels.linear import linear, linear_input_gradient
-from megatronish.layout import Column, ParamLayout, ParamPlacement, Plan, Replicated, Row, Rule, Vocab, shard_range
+from megatronish.layout import Column, ParamLayout, ParamPlacement, Plan, Replicated, ReplicatedTable, Row, Rule, Vocab, shard_range
 
 
 class WeightGradientSink(Protocol):
@@ -26,6 +26,9 @@ class WeightGradientSink(Protocol):
 
     def linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
         """Owe `weight` the gradient dY^T X, for dy [..., O] and x [..., I]."""
+
+    def bias(self, bias: nn.Parameter, dy: Tensor) -> None:
+        """Owe `bias` the sum of dy [..., O] over tokens."""
 
     def rows(self, weight: nn.Parameter, dy: Tensor, rows: Tensor) -> None:
         """Owe row rows[...] of `weight` the gradient dy[..., D]; rows outside the weight are another rank's."""
@@ -58,15 +61,17 @@ Remake = Callable[[], Tensor]
 
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel, remake: Remake | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel, remake: Remake | None
+    ) -> Tensor:
         x_full = tp.start_gather(x).wait()
         if remake is None:
             ctx.save_for_backward(x if tp.regather_input else x_full)
-        ctx.weight, ctx.tp, ctx.remake = weight, tp, remake
-        return linear(x_full, weight)
+        ctx.weight, ctx.bias, ctx.tp, ctx.remake = weight, bias, tp, remake
+        return linear(x_full, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, tp = ctx.weight, ctx.tp
         x = ctx.saved_tensors[0] if ctx.remake is None else ctx.remake()
         gathering = tp.start_gather(x) if tp.regather_input or ctx.remake is not None else Pending(x)
@@ -74,26 +79,35 @@ class _ColumnLinear(torch.autograd.Function):
         x_full = gathering.wait()
         summing = tp.start_sum(dx)
         tp.sink.linear(weight, dy, x_full)  # under the sum's communication
-        return summing.wait(), None, None, None
+        if ctx.bias is not None:
+            tp.sink.bias(ctx.bias, dy)
+        return summing.wait(), None, None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorParallel, remake: Remake | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel, remake: Remake | None
+    ) -> Tensor:
         if remake is None:
             ctx.save_for_backward(x)
-        ctx.weight, ctx.tp, ctx.remake = weight, tp, remake
-        return tp.start_sum(linear(x, weight)).wait()
+        ctx.weight, ctx.bias, ctx.tp, ctx.remake = weight, bias, tp, remake
+        if tp.group.size == 1:
+            return linear(x, weight, bias)
+        out = tp.start_sum(linear(x, weight)).wait()
+        return out if bias is None else out.add_(bias)  # once, so after the sum
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, tp = ctx.weight, ctx.tp
         gathering = tp.start_gather(dy)
-        x = ctx.saved_tensors[0] if ctx.remake is None else ctx.remake()  # under the gathering
+        if ctx.bias is not None:
+            tp.sink.bias(ctx.bias, dy)  # of this rank's tokens, under the gathering
+        x = ctx.saved_tensors[0] if ctx.remake is None else ctx.remake()  # as well
         dy_full = gathering.wait()
         dx = linear_input_gradient(dy_full, weight)
         tp.sink.linear(weight, dy_full, x)
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
 class _VocabEmbedding(torch.autograd.Function):
@@ -115,6 +129,20 @@ class _VocabEmbedding(torch.autograd.Function):
         return None, None, None, None
 
 
+class _TableLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: nn.Parameter, tp: TensorParallel) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.weight, ctx.tp = weight, tp
+        return nn.functional.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
+        (rows,) = ctx.saved_tensors
+        ctx.tp.sink.rows(ctx.weight, dy, rows)
+        return None, None, None
+
+
 class _Cut(nn.Module):
     """A module that holds its tp rank's shard of one weight."""
 
@@ -130,10 +158,13 @@ class _Cut(nn.Module):
 
 
 class CutLinear(_Cut):
-    """A linear that may have its input made again for backward instead of keeping it."""
+    """A linear, with or without a bias, that may have its input made again for backward instead of keeping it."""
 
-    def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, tp: TensorParallel) -> None:
         super().__init__(weight, tp)
+        self.bias = bias
         self.input_source: Callable[[Tensor], Remake | None] | None = None
         """Given an input, how to make it again; set by `recompute_selectively`."""
 
@@ -141,20 +172,23 @@ class CutLinear(_Cut):
         """How to make `x` again for backward; None: keep it."""
         return None if self.input_source is None else self.input_source(x)
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", bias={list(self.bias.shape)}" if self.bias is not None else "")
+
 
 class ColumnParallelLinear(CutLinear):
     """Output features cut. [S/tp or S, B, in] -> [S, B, out/tp]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _ColumnLinear.apply(x, self.weight, self.tp, self.remake(x))
+        out: Tensor = _ColumnLinear.apply(x, self.weight, self.bias, self.tp, self.remake(x))
         return out
 
 
 class RowParallelLinear(CutLinear):
-    """Input features cut, partial outputs summed. [S, B, in/tp] -> [S/tp or S, B, out]."""
+    """Input features cut, partial outputs summed, then the whole bias. [S, B, in/tp] -> [S/tp or S, B, out]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _RowLinear.apply(x, self.weight, self.tp, self.remake(x))
+        out: Tensor = _RowLinear.apply(x, self.weight, self.bias, self.tp, self.remake(x))
         return out
 
 
@@ -167,6 +201,21 @@ class VocabParallelEmbedding(_Cut):
 
     def forward(self, tokens_SB: Tensor) -> Tensor:
         out: Tensor = _VocabEmbedding.apply(tokens_SB, self.weight, self.first_row, self.tp)
+        return out
+
+    def project(self, x: Tensor) -> Tensor:
+        """The product with this rank's rows (tied embeddings): [S/tp or S, B, D] -> [S, B, rows/tp]."""
+        out: Tensor = _ColumnLinear.apply(x, self.weight, None, self.tp, None)
+        return out
+
+
+class TableLookup(_Cut):
+    """A whole table. [S, B] -> [S/tp or S, B, D]: rows for the tokens that this rank goes on with."""
+
+    def forward(self, rows_SB: Tensor) -> Tensor:
+        if self.tp.sequence_parallel:
+            rows_SB = rows_SB.chunk(self.tp.group.size)[self.tp.group.index]
+        out: Tensor = _TableLookup.apply(rows_SB, self.weight, self.tp)
         return out
 
 
@@ -188,8 +237,11 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def make_param_layout(stages: list[nn.Module], plan: Plan, *, tp_size: int, sequence_parallel: bool) -> ParamLayout:
-    """The whole model's table from its plain stages (meta tensors will do). An error names a rule that matches nothing."""
+def make_param_layout(
+    stages: list[nn.Module], plan: Plan, *, tp_size: int, sequence_parallel: bool, tied: Collection[str] = ()
+) -> ParamLayout:
+    """The whole model's table from its plain stages (meta tensors will do); `tied` names the parameters used at both ends of the
+    model. An error names a rule that matches nothing."""
     placements: dict[str, ParamPlacement] = {}
     used: set[str] = set()
     for stage, model in enumerate(stages):
@@ -197,15 +249,24 @@ def make_param_layout(stages: list[nn.Module], plan: Plan, *, tp_size: int, sequ
             pattern, rule = find_rule(plan, module_name)
             used.add(pattern)
             for parameter_name, parameter in module.named_parameters(recurse=False):
-                partial = isinstance(rule, Replicated) and sequence_parallel and tp_size > 1
-                placements[f"{module_name}.{parameter_name}"] = ParamPlacement(
+                name, shard_dim = f"{module_name}.{parameter_name}", _shard_dim(rule, parameter_name)
+                # Such a parameter sees only S/tp tokens on each rank.
+                partial = shard_dim is None and sequence_parallel and tp_size > 1
+                sums = ("tp",) if partial else ()
+                first, is_tied = placements.get(name), name in tied
+                if first is not None:
+                    assert is_tied, f"{name} is on stages {first.stages[0]} and {stage}, but not tied"
+                    placements[name] = replace(first, stages=(*first.stages, stage), sum_gradient_over=(*sums, "ends"))
+                    continue
+                placements[name] = ParamPlacement(
                     global_shape=tuple(parameter.shape),
                     dtype=parameter.dtype,
-                    shard_dim=None if isinstance(rule, Replicated) else rule.dim,
+                    shard_dim=shard_dim,
                     stages=(stage,),
                     owner_stage=stage,
-                    # Such a parameter sees only S/tp tokens on each rank.
-                    sum_gradient_over=("tp",) if partial else (),
+                    sum_gradient_over=sums,
+                    is_bias=parameter_name == "bias",
+                    tied=is_tied,
                 )
     unused = [pattern for pattern in plan if pattern not in used]
     if unused:
@@ -213,24 +274,41 @@ def make_param_layout(stages: list[nn.Module], plan: Plan, *, tp_size: int, sequ
     return ParamLayout(placements, tp_size=tp_size, pp_size=len(stages))
 
 
+def _shard_dim(rule: Rule, parameter_name: str) -> int | None:
+    if isinstance(rule, Replicated | ReplicatedTable) or (isinstance(rule, Row) and parameter_name == "bias"):
+        return None
+    return rule.dim
+
+
 def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel) -> None:
     """Swap the modules of a plain model on the meta device for ones that hold this tp rank's shards, still on meta."""
     for name, module in list(owners(model)):
         _, rule = find_rule(plan, name)
-        if isinstance(rule, Replicated):
-            continue
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter) and weight.is_meta, "apply_plan cuts plain models on the meta device"
-        start, stop = shard_range(weight.shape[rule.dim], tp.group.index, tp.group.size)
-        local_shape = [stop - start if d == rule.dim else n for d, n in enumerate(weight.shape)]
-        shard = nn.Parameter(torch.empty(local_shape, dtype=weight.dtype, device="meta"))
-        model.set_submodule(name, _cut_module(rule, shard, tp, start))
+        if not isinstance(rule, Replicated):
+            model.set_submodule(name, _cut_module(rule, module, tp))
 
 
-def _cut_module(rule: Rule, shard: nn.Parameter, tp: TensorParallel, start: int) -> nn.Module:
+def _cut_module(rule: Rule, module: nn.Module, tp: TensorParallel) -> nn.Module:
+    weight = _shard(module.weight, _shard_dim(rule, "weight"), tp)
+    bias = _shard(module.bias, _shard_dim(rule, "bias"), tp) if getattr(module, "bias", None) is not None else None
     if isinstance(rule, Column):
-        return ColumnParallelLinear(shard, tp)
+        return ColumnParallelLinear(weight, bias, tp)
     if isinstance(rule, Row):
-        return RowParallelLinear(shard, tp)
-    assert isinstance(rule, Vocab)
-    return VocabParallelEmbedding(shard, tp, first_row=start)
+        return RowParallelLinear(weight, bias, tp)
+    assert bias is None, f"{type(module).__name__} has a bias, and its rule {rule} none"
+    if isinstance(rule, ReplicatedTable):
+        return TableLookup(weight, tp)
+    assert isinstance(rule, Vocab) and rule.dim == 0, rule
+    assert isinstance(module.weight, nn.Parameter)
+    start, _ = shard_range(module.weight.shape[0], tp.group.index, tp.group.size)
+    return VocabParallelEmbedding(weight, tp, first_row=start)
+
+
+def _shard(parameter: object, shard_dim: int | None, tp: TensorParallel) -> nn.Parameter:
+    """This tp rank's part, on the meta device."""
+    assert isinstance(parameter, nn.Parameter) and parameter.is_meta, "apply_plan cuts plain models on the meta device"
+    shape = list(parameter.shape)
+    if shard_dim is not None:
+        start, stop = shard_range(shape[shard_dim], tp.group.index, tp.group.size)
+        shape[shard_dim] = stop - start
+    return nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"))

@@ -89,7 +89,7 @@ def _owned_gradients(run: Assembly) -> Iterator[tuple[str, str, Rectangle, Tenso
     """Pieces of the gradients that this rank counts."""
     grads, dp = run.trainer.grads, run.mesh.groups["dp"]
     for index, bucket in enumerate(run.cut.buckets):
-        if bucket.replicated and run.mesh.index("tp") > 0:
+        if not bucket.is_counted_by(run.mesh.index("tp")):
             continue
         start, stop = bucket.owned_range(dp.index, dp.size)
         owned = grads.owned(index)

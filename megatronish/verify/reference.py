@@ -48,8 +48,9 @@ def plain_model(config: Config) -> nn.Module:
 def train_reference(config: Config) -> Reference:
     """Train the plain model in this process: autograd, torch's cross entropy and AdamW. Of the config's layout nothing is read."""
     model = plain_model(config)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    decays = {name: p.dim() >= 2 and not name.endswith(".bias") for name, p in model.named_parameters()}
+    matrices = [p for name, p in model.named_parameters() if decays[name]]
+    vectors = [p for name, p in model.named_parameters() if not decays[name]]
     c = config.optim
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)

@@ -25,10 +25,14 @@ from megatronish.layout import shard_range
 ROUNDINGS: dict[str, tuple[int, int, int]] = {
     # x / rms is rounded before the weight multiplies it. dx: once.
     "rms_norm": (2, 1, 96),
+    # All in the accumulation dtype, rounded at the end; so are dx and the gradients of weight and bias.
+    "layer_norm": (1, 1, 96),
     # Two products and a sum, all in the tables' dtype; rounded at the end.
     "split_rotary": (1, 1, 2),
     # silu, then the product. Backward: dy * up is rounded, then the derivative of silu (and dy * silu likewise).
     "swiglu": (2, 2, 1),
+    # Inside in float32, rounded at the end.
+    "gelu": (1, 1, 1),
     # The flash kernel rounds the probabilities before the product with the values, and its result. Backward: scores' gradients and
     # probabilities are rounded, summed, scaled and rounded, and start from an output that was rounded already.
     "attention": (2, 6, 64),
@@ -41,6 +45,7 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
     "linear_input_gradient": (1, 0, 48),
     # The product is rounded once on CPU, then added to the bucket, which is smaller than it: hence two.
     "accumulate_weight_gradient": (2, 0, 10),
+    "accumulate_bias_gradient": (0, 0, 12),
     "accumulate_row_gradient": (0, 0, 12),
     "cross_entropy_parts": (0, 0, 40),
     "cross_entropy_backward": (1, 0, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -18,7 +19,7 @@ Placements = Mapping[str, ParamPlacement]
 
 @st.composite
 def placements(draw: st.DrawFn) -> Placements:
-    """Parameters of one to four dimensions, cut or not, with and without owed sums. Cut sizes need not divide."""
+    """Parameters of one to four dimensions, cut or not, with and without owed sums, biases, one tied. Cut sizes need not divide."""
     result = {}
     for index in range(draw(st.integers(1, 8))):
         shape = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=4)))
@@ -26,7 +27,9 @@ def placements(draw: st.DrawFn) -> Placements:
         long = [d for d, n in enumerate(shape) if n >= 4]
         shard_dim = draw(st.sampled_from([None, *long]))
         owed = draw(st.booleans()) and shard_dim is None
-        result[f"p{index}"] = ParamPlacement(shape, torch.float32, shard_dim, (0,), 0, ("tp",) if owed else ())
+        bias, tied = draw(st.booleans()), index == 2
+        sums = ("tp",) if owed else ()
+        result[f"p{index}"] = ParamPlacement(shape, torch.float32, shard_dim, (0,), 0, sums, is_bias=bias, tied=tied)
     return result
 
 
@@ -115,8 +118,10 @@ def test_a_bucket_holds_one_kind_and_is_closed_when_full(table: Placements, tp_s
                 assert p.sum_gradient_over == bucket.sum_gradient_over
                 assert decays(p) == bucket.weight_decay
                 assert (p.shard_dim is None and tp_size > 1) == bucket.replicated
+                assert (p.tied, p.owner_stage == 0) == (bucket.tied, bucket.on_owner_stage)
             assert all(slot.stop < size for slot in bucket.slots[:-1])
         order = {name: index for index, name in enumerate(table)}
+        assert [bucket.tied for bucket in buckets] == sorted(bucket.tied for bucket in buckets), "tied buckets are the last"
         for bucket in buckets:  # last layer first
             positions = [order[slot.name] for slot in bucket.slots]
             assert positions == sorted(positions, reverse=True)
@@ -144,3 +149,20 @@ def test_a_bucket_size_in_mib_is_counted_in_elements_of_its_gradients() -> None:
     assert bucket_elements(64.0, 4) == 16 * 2**20
     assert bucket_elements(64.0, 8) == 8 * 2**20
     assert bucket_elements(1e-9, 4) == 1
+
+
+def test_a_tied_parameter_is_saved_by_its_owner_stage_alone_and_lies_alike_on_both() -> None:
+    tied = ParamPlacement((105, 8), torch.float32, 0, (0, 3), 0, ("ends",), tied=True)
+    norm = ParamPlacement((8,), torch.float32, None, (3,), 3)
+    first = plan_buckets({"e": tied}, stage=0, tp_rank=1, tp_size=2, dp_size=2, bucket_elements=10**9)
+    last = plan_buckets({"e": tied, "n": norm}, stage=3, tp_rank=1, tp_size=2, dp_size=2, bucket_elements=10**9)
+    assert [slot.name for slot in last[1].slots] == ["e"] and replace(last[1], on_owner_stage=True, group=0) == first[0]
+    assert {name for _, name, _ in saved_boxes(first, tp_rank=1, dp_rank=0, dp_size=2)} == {"e"}
+    assert {name for _, name, _ in saved_boxes(last, tp_rank=1, dp_rank=0, dp_size=2)} == set()
+    assert {name for _, name, _ in saved_boxes(last, tp_rank=0, dp_rank=0, dp_size=2)} == {"n"}
+
+
+def test_matrices_decay_and_biases_do_not_whatever_their_shape() -> None:
+    assert decays(ParamPlacement((4, 3, 8), torch.float32, 0, (0,), 0))
+    assert not decays(ParamPlacement((4, 3, 8), torch.float32, 0, (0,), 0, is_bias=True))
+    assert not decays(ParamPlacement((8,), torch.float32, None, (0,), 0))

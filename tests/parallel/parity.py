@@ -18,6 +18,9 @@ from tests.ranks import ranks
 NUM_STEPS = 2
 DIMENSIONS = {"hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "mlp_size": 48}
 
+MAX_POSITIONS = 20
+"""More than the 16 of a sample: some rows of the table get no gradient."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,6 +45,7 @@ class Case:
     num_layers: int = 4
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    tie_embeddings: bool = False
 
     @property
     def world_size(self) -> int:
@@ -51,7 +55,9 @@ class Case:
         flags = f"-zero{self.zero_stage}" + ("-sequence" if self.sequence else "")
         flags += ("" if self.recompute == "none" else f"-{self.recompute}") + (f"-dropout{self.dropout}" if self.dropout else "")
         flags += "-documents" if self.documents else ""
-        return f"{self.layout}{flags}-v{self.vocab_size}-b{self.bucket_mib}-m{self.num_microbatches}"
+        model = "" if self.architecture == "llama" else f"{self.architecture}-"
+        flags += "-tied" if self.tie_embeddings else ""
+        return f"{model}{self.layout}{flags}-v{self.vocab_size}-b{self.bucket_mib}-m{self.num_microbatches}"
 
     @property
     def layout(self) -> str:
@@ -71,6 +77,7 @@ class Case:
             num_layers=self.num_layers,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
+            tie_embeddings=self.tie_embeddings,
         )
 
     def config(self) -> Config:
@@ -84,6 +91,8 @@ class Case:
                     "vocab_multiple": self.vocab_multiple,
                     "dropout": self.dropout,
                     "num_layers": self.num_layers,
+                    "tie_embeddings": self.tie_embeddings,
+                    "max_positions": MAX_POSITIONS if self.architecture == "gpt2" else None,
                     **DIMENSIONS,
                 },
                 "parallel": {

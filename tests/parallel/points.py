@@ -16,6 +16,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "zero_stage": (0, 1, 2),
     "sequence": (False, True),
     "recompute": ("none", "full"),
+    # (architecture, tie_embeddings)
+    "model": (("llama", False), ("gpt2", True)),
     # (vocab_size, vocab_multiple): 105 rows, cut unevenly, 4 of them padding; 96 rows that every tp divides, without padding.
     "vocabulary": ((101, 7), (96, 8)),
     # Every parameter in a bucket of its own; some share one; one bucket of each kind.
@@ -42,7 +44,8 @@ def case_of(point: Point) -> Case:
     """The case at a point."""
     fields = dict(zip(AXES, point, strict=True))
     vocab_size, vocab_multiple = fields.pop("vocabulary")
-    return Case(vocab_size=vocab_size, vocab_multiple=vocab_multiple, **fields)
+    architecture, tied = fields.pop("model")
+    return Case(architecture=architecture, tie_embeddings=tied, vocab_size=vocab_size, vocab_multiple=vocab_multiple, **fields)
 
 
 def allowed_points() -> list[Point]:

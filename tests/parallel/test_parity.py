@@ -46,8 +46,8 @@ def test_all_cases_are_every_layout_with_every_choice() -> None:
     layouts = {case.layout for case in cases}
     # tp x pp in {1,2,4}^2 leaves this many data sizes of {1,2,3,4} within 8 ranks: 4 + 4 + 4 + 2 + 2 + 2 + 1 + 1.
     assert len(layouts) == 20
-    # ZeRO x recompute x vocabulary, and twice that where sequence parallelism is a choice (10 of the layouts).
-    assert len(set(cases)) == len(cases) == 10 * 12 + 10 * 24
+    # ZeRO x recompute x model x vocabulary, and twice that where sequence parallelism is a choice (10 of the layouts).
+    assert len(set(cases)) == len(cases) == 10 * 24 + 10 * 48
 
 
 @pytest.mark.parametrize("sequence", [False, True])

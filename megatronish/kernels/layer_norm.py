@@ -1,0 +1,82 @@
+"""LayerNorm (Ba et al. 2016): y = (x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatronish.kernels.registry import accumulate_dtype, register
+
+
+def reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """Plain PyTorch: all of it in the accumulation dtype, rounded to x's dtype once, as torch's own does."""
+    wide = x.to(accumulate_dtype(x))
+    centered = wide - wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    return (centered * rstd * weight_D + bias_D).to(x.dtype)
+
+
+def _forward(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    # Widened first: torch's CPU kernel rounds mean and 1 / deviation to bfloat16 for bfloat16 inputs.
+    wide = accumulate_dtype(x)
+    y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight_D.to(wide), bias_D.to(wide), eps)
+    return y.to(x.dtype), mean, rstd
+
+
+def _forward_fake(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((*x.shape[:-1], 1), dtype=accumulate_dtype(x))
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+def _backward(dy: Tensor, x: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = rstd.dtype
+    dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, weight_D.to(wide), None, [True, True, False]
+    )
+    dbias = dy.flatten(0, -2).sum(0, dtype=wide)
+    return dx.to(x.dtype), dweight.to(weight_D.dtype), dbias.to(weight_D.dtype)
+
+
+def _backward_fake(dy: Tensor, x: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(weight_D), torch.empty_like(weight_D)
+
+
+_forward_op = register(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+)
+_backward_op = register(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = _forward_op(x, weight_D, bias_D, eps)
+        ctx.save_for_backward(x, weight_D, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        dx, dweight, dbias = _backward_op(dy.contiguous(), *ctx.saved_tensors)
+        return dx, dweight, dbias, None
+
+
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """x [..., D], weight and bias [D] of one floating dtype -> [..., D] of that dtype. Saves x and two scalars a row."""
+    out: Tensor = _LayerNorm.apply(x, weight_D, bias_D, eps)
+    return out
+
+
+def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor, float]]:
+    """Inputs that tests and benches run every implementation on."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
+
+    return [(draw(*s), draw(s[-1]), draw(s[-1]), 1e-5) for s in [(4, 2, 64), (1, 1, 8), (5, 3, 96)]]
