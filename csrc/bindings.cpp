@@ -8,6 +8,9 @@
 namespace py = pybind11;
 using Address = std::uintptr_t;
 
+// The number in megatronish/native.py: changed together whenever arguments change, so that an old build is not called.
+constexpr int kInterface = 2;
+
 template <typename T>
 static T* at(Address address) {
   return reinterpret_cast<T*>(address);
@@ -19,27 +22,28 @@ static T* at(Address address) {
 PYBIND11_MODULE(_cpu, m) {
   using namespace megatronish;
   m.doc() = "Native CPU operations; addresses are integers, 0 for none.";
+  m.attr("interface") = kInterface;
   m.def(
       "adamw_float32",
-      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address bfloat16_copy, int64_t n,
-         Address gradient_scale, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step, int threads) {
+      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address bfloat16_copy, Address float16_copy, int64_t n,
+         Address scalars, double lr, double beta1, double beta2, double eps, double weight_decay, int threads) {
         adamw_float32(at<float>(parameter), at<const float>(gradient), at<float>(exp_avg), at<float>(exp_avg_sq),
-                      at<uint16_t>(bfloat16_copy), n, at<const float>(gradient_scale), {lr, beta1, beta2, eps, weight_decay, step},
-                      threads);
+                      {at<uint16_t>(bfloat16_copy), at<uint16_t>(float16_copy)}, n, at<const float>(scalars),
+                      {lr, beta1, beta2, eps, weight_decay}, threads);
       },
-      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("bfloat16_copy"), py::arg("n"),
-      py::arg("gradient_scale"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-      py::arg("weight_decay"), py::arg("step"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("bfloat16_copy"),
+      py::arg("float16_copy"), py::arg("n"), py::arg("scalars"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+      py::arg("eps"), py::arg("weight_decay"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "adamw_float64",
-      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, int64_t n, Address gradient_scale, double lr,
-         double beta1, double beta2, double eps, double weight_decay, int64_t step, int threads) {
+      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, int64_t n, Address scalars, double lr, double beta1,
+         double beta2, double eps, double weight_decay, int threads) {
         adamw_float64(at<double>(parameter), at<const double>(gradient), at<double>(exp_avg), at<double>(exp_avg_sq), n,
-                      at<const double>(gradient_scale), {lr, beta1, beta2, eps, weight_decay, step}, threads);
+                      at<const double>(scalars), {lr, beta1, beta2, eps, weight_decay}, threads);
       },
-      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("gradient_scale"),
-      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("step"),
-      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("scalars"),
+      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "gather_uint16",
       [](Address source, int64_t size, Address offsets, int64_t rows, int64_t width, Address out, int threads) {
@@ -79,27 +83,28 @@ PYBIND11_MODULE(_cpu, m) {
 PYBIND11_MODULE(_cuda, m) {
   using namespace megatronish;
   m.doc() = "Native CUDA operations on the current device; addresses and the stream are integers, 0 for none.";
+  m.attr("interface") = kInterface;
   m.def("device_count", &device_count, py::call_guard<py::gil_scoped_release>());
   m.def(
       "adamw_float32",
-      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address bfloat16_copy, int64_t n,
-         Address gradient_scale, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step, Address stream) {
+      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address bfloat16_copy, Address float16_copy, int64_t n,
+         Address scalars, double lr, double beta1, double beta2, double eps, double weight_decay, Address stream) {
         adamw_cuda_float32(at<float>(parameter), at<const float>(gradient), at<float>(exp_avg), at<float>(exp_avg_sq),
-                           at<void>(bfloat16_copy), n, at<const float>(gradient_scale), lr, beta1, beta2, eps, weight_decay, step,
-                           at<void>(stream));
+                           at<void>(bfloat16_copy), at<void>(float16_copy), n, at<const float>(scalars),
+                           {lr, beta1, beta2, eps, weight_decay}, at<void>(stream));
       },
-      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("bfloat16_copy"), py::arg("n"),
-      py::arg("gradient_scale"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-      py::arg("weight_decay"), py::arg("step"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("bfloat16_copy"),
+      py::arg("float16_copy"), py::arg("n"), py::arg("scalars"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+      py::arg("eps"), py::arg("weight_decay"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "adamw_float64",
-      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, int64_t n, Address gradient_scale, double lr,
-         double beta1, double beta2, double eps, double weight_decay, int64_t step, Address stream) {
+      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, int64_t n, Address scalars, double lr, double beta1,
+         double beta2, double eps, double weight_decay, Address stream) {
         adamw_cuda_float64(at<double>(parameter), at<const double>(gradient), at<double>(exp_avg), at<double>(exp_avg_sq), n,
-                           at<const double>(gradient_scale), lr, beta1, beta2, eps, weight_decay, step, at<void>(stream));
+                           at<const double>(scalars), {lr, beta1, beta2, eps, weight_decay}, at<void>(stream));
       },
-      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("gradient_scale"),
-      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("step"),
-      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("scalars"),
+      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
 }
 #endif

@@ -11,13 +11,16 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+INTERFACE = 2
+"""The number in csrc/bindings.cpp: an editable installation may hold a module that was built from older sources."""
+
 OPERATIONS = {"cpu": "AdamW, gathering of samples", "cuda": "AdamW"}
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
     """The module, or None; and how it went, in words."""
     try:
-        return importlib.import_module(f"megatronish._{name}"), "built"
+        module = importlib.import_module(f"megatronish._{name}")
     except ModuleNotFoundError:
         record = Path(__file__).with_name("native_build.json")
         if not record.is_file():
@@ -25,6 +28,9 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, str(json.loads(record.read_text()).get(name, "not built"))
     except ImportError as error:
         return None, f"built, but does not load: {error}"
+    if getattr(module, "interface", 1) != INTERFACE:
+        return None, "built from other sources: run `make setup` or `pip install .` again"
+    return module, "built"
 
 
 cpu, _cpu_outcome = _load("cpu")

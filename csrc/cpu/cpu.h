@@ -16,18 +16,23 @@
 
 namespace megatronish {
 
-// What AdamW needs beside its tensors, as torch.optim.AdamW names it. `step` counts from 1.
+// What AdamW needs beside its tensors, as torch.optim.AdamW names it.
 struct AdamW {
   double lr, beta1, beta2, eps, weight_decay;
-  int64_t step;
 };
 
-// AdamW on elements [0, n) of a flat slice, in place. `gradient_scale` points to one number that every gradient is multiplied by (null: 1).
-// `bfloat16_copy`, when not null, receives the new parameter rounded to nearest even.
-void adamw_float32(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq, uint16_t* bfloat16_copy, int64_t n,
-                   const float* gradient_scale, const AdamW& options, int threads);
-void adamw_float64(double* parameter, const double* gradient, double* exp_avg, double* exp_avg_sq, int64_t n,
-                   const double* gradient_scale, const AdamW& options, int threads);
+// Where the new parameter is written too, rounded to nearest even; at most one is not null.
+struct LowCopy {
+  uint16_t* bfloat16;
+  uint16_t* float16;
+};
+
+// AdamW on elements [0, n) of a flat slice, in place. `scalars` points to {factor of every gradient, number of this update, from 1}.
+// A factor that is not finite refuses the update: nothing is written.
+void adamw_float32(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq, LowCopy low, int64_t n,
+                   const float* scalars, const AdamW& options, int threads);
+void adamw_float64(double* parameter, const double* gradient, double* exp_avg, double* exp_avg_sq, int64_t n, const double* scalars,
+                   const AdamW& options, int threads);
 
 // out[r, :] = source[offsets[r] : offsets[r] + width], widened to int64; returns (smallest, largest) token copied.
 // Throws std::out_of_range, naming the row, when a row does not lie within the `size` tokens of `source`.

@@ -6,13 +6,16 @@
 
 namespace megatronish {
 
-// As in cpu.h; `gradient_scale` is read on the device, so the clip factor never visits the host. T is float or double; only float has a copy.
-void adamw_cuda_float32(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq, void* bfloat16_copy, int64_t n,
-                        const float* gradient_scale, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step,
-                        void* stream);
+// What AdamW needs beside its tensors, as torch.optim.AdamW names it.
+struct AdamWOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+};
+
+// As in cpu.h; `scalars` is read on the device, so neither the clip factor nor whether a step counts visits the host.
+void adamw_cuda_float32(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq, void* bfloat16_copy,
+                        void* float16_copy, int64_t n, const float* scalars, const AdamWOptions& options, void* stream);
 void adamw_cuda_float64(double* parameter, const double* gradient, double* exp_avg, double* exp_avg_sq, int64_t n,
-                        const double* gradient_scale, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step,
-                        void* stream);
+                        const double* scalars, const AdamWOptions& options, void* stream);
 
 // Number of CUDA devices; 0 where there is no driver or no device.
 int device_count();

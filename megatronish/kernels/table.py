@@ -23,7 +23,7 @@ from megatronish.kernels import (
     rotary,
     swiglu,
 )
-from megatronish.kernels.adamw import AdamWStep
+from megatronish.kernels.adamw import AdamWNumbers
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,15 @@ class Kernel:
 
 
 def _adamw(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scale: Tensor, low: Tensor | None, numbers: AdamWStep
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    low: Tensor | None,
+    numbers: AdamWNumbers,
 ) -> None:
-    adamw.adamw_(master, grad, exp_avg, exp_avg_sq, scale=scale, low=low, numbers=numbers)
-
-
-def _adamw_reference(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scale: Tensor, low: Tensor | None, numbers: AdamWStep
-) -> None:
-    adamw.reference(master, grad, exp_avg, exp_avg_sq, scale, numbers)
-    if low is not None:
-        low.copy_(master)
+    adamw.adamw_(master, grad, exp_avg, exp_avg_sq, scalars=scalars, low=low, numbers=numbers)
 
 
 def _attention_reference(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor) -> Tensor:
@@ -136,6 +134,6 @@ KERNELS: dict[str, Kernel] = {
             cross_entropy.reference_backward,
             cross_entropy.backward_sample_inputs,
         ),
-        Kernel("adamw", _adamw, _adamw_reference, adamw.sample_inputs, mutated=(0, 2, 3, 5)),
+        Kernel("adamw", _adamw, adamw.reference, adamw.sample_inputs, mutated=(0, 2, 3, 5)),
     )
 }

@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatronish.comm.random import normal_fill_
-from megatronish.kernels.adamw import AdamWStep, adamw_
+from megatronish.kernels.adamw import AdamWNumbers, adamw_
 from megatronish.kernels.cross_entropy import cross_entropy_backward, cross_entropy_parts
 from megatronish.kernels.table import KERNELS, Kernel
 from megatronish.layout import shard_range
@@ -54,7 +54,7 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
 }
 # Results are compared by their largest element, from which terms in a sum can be some times larger (they cancel).
 CANCELLATION = 8
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 rows = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -240,12 +240,14 @@ def test_adamw_equals_torch_optim_adamw(num_steps: int) -> None:
     optimizer = torch.optim.AdamW([expected], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     master = expected.detach().clone()
     exp_avg, exp_avg_sq = torch.zeros_like(master), torch.zeros_like(master)
+    numbers = AdamWNumbers(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
     for step in range(1, num_steps + 1):
+        refused = torch.tensor([float("nan"), step], dtype=torch.float64)
+        adamw_(master, master, exp_avg, exp_avg_sq, scalars=refused, low=None, numbers=numbers)
         grad = torch.randn(103, generator=generator, dtype=torch.float64)
         expected.grad = 0.5 * grad
         optimizer.step()
-        numbers = AdamWStep(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=step)
-        scale = torch.tensor(0.5, dtype=torch.float64)
-        adamw_(master, grad, exp_avg, exp_avg_sq, scale=scale, low=None, numbers=numbers)
+        scalars = torch.tensor([0.5, step], dtype=torch.float64)
+        adamw_(master, grad, exp_avg, exp_avg_sq, scalars=scalars, low=None, numbers=numbers)
     # float64, an operation's rounding each: the same formula.
     torch.testing.assert_close(master, expected.detach(), rtol=1e-13, atol=1e-14)
