@@ -13,6 +13,8 @@ from megatronish.assemble import Assembly
 from megatronish.comm import streams
 from megatronish.comm.host import read_values
 from megatronish.data.loader import evaluation_batches
+from megatronish.errors import RunStopped
+from megatronish.not_finite import require_sound_steps
 from megatronish.observe.metrics import MetricsWriter
 from megatronish.observe.progress import TrainingProgress
 from megatronish.surroundings import Datasets, Share, Surroundings
@@ -58,16 +60,18 @@ class AfterStep:
             self.save(step)
 
     def report(self, result: StepResult) -> None:
-        """Write the step's numbers: the only place of a step where the host waits for the device. Stops the run, on every rank, if
-        they are not finite: such weights must not push sound checkpoints out."""
+        """Write the step's numbers: the only place of a step where the host waits for the device. RunStopped, on every rank,
+        if steps are no longer applied."""
         config = self.run.config
-        loss, grad_norm = read_values(torch.stack((result.loss, result.grad_norm)), [1.0, 1.0])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        guard = self.run.trainer.guard
+        numbers = torch.cat((torch.stack((result.loss, result.grad_norm)).double(), guard.numbers))
+        loss, grad_norm, *rest = read_values(numbers, [1.0, 1.0, *guard.assumed])
+        log = self.around.log.warning if self.run.mesh.rank == 0 else self.around.log.debug
+        try:
+            state = require_sound_steps(self.run, log=log, state=guard.state_of(rest))
+        except RunStopped:
             self.saver.finish()  # on all ranks, since the numbers are the job's: one under way is of a sound step
-            raise RuntimeError(
-                f"step {result.step}: loss {loss}, gradient norm {grad_norm}; the run stops, its last checkpoint is sound; a lower "
-                f"optim.lr={config.optim.lr} or a longer optim.warmup_steps={config.optim.warmup_steps} may help"
-            )
+            raise
         before, started = self._since
         now = streams.wall_time(self.run.mesh.device)
         self._since = (result.step, now)
@@ -90,6 +94,9 @@ class AfterStep:
             "consumed_samples": consumed(result.step),
             "consumed_tokens": consumed(result.step) * config.data.sequence_length,
         }
+        values["skipped_steps"] = state.skipped
+        if guard.scales:
+            values["loss_scale"] = state.loss_scale
         values |= {f"seconds/{phase}": spent for phase, spent in self.run.trainer.clock.read().items()}
         if self.metrics is not None:
             self.metrics.write(result.step, values)

@@ -24,6 +24,7 @@ from megatronish.models.layers import place_dropout
 from megatronish.optim.buckets import Bucket, bucket_elements, plan_buckets
 from megatronish.optim.parameters import FlatParameters
 from megatronish.optim.sharded_grads import make_grad_buffer
+from megatronish.optim.step_guard import StepGuard
 from megatronish.optim.weight_gradients import WeightGradientQueue
 from megatronish.optim.zero import ZeroAdamW
 from megatronish.parallel.loss import LossTerms, vocab_parallel_cross_entropy
@@ -37,7 +38,7 @@ from megatronish.pipeline.split import split_layers
 from megatronish.pipeline.stage import Stage
 from megatronish.trainer import BatchSource, Trainer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def mesh_shape(config: Config, world_size: int) -> MeshShape:
@@ -96,6 +97,11 @@ def buckets_of(config: Config, layout: ParamLayout, *, stage: int, tp_rank: int,
     close: Literal["by kind", "together"] = "together" if config.parallel.zero_stage == 2 else "by kind"
     at: dict[str, int] = {"stage": stage, "tp_rank": tp_rank, "tp_size": layout.tp_size, "dp_size": dp_size}
     return plan_buckets(placements, bucket_elements=size, close=close, **at)
+
+
+def backward_order(layout: ParamLayout, stage: int) -> list[str]:
+    """A stage's parameters in about the order in which backward reaches them."""
+    return list(reversed(layout.of_stage(stage)))
 
 
 def cut_model(config: Config, mesh: Mesh) -> CutModel:
@@ -208,6 +214,12 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
         evaluation_steps=evaluation_steps(config, mesh),
         grads=grads,
         optimizer=optimizer,
+        guard=StepGuard(
+            config.train,
+            grads,
+            clip_norm=config.optim.clip_norm,
+            backward_order=backward_order(cut.layout, mesh.index("pp")),
+        ),
         clock=PhaseClock(mesh.device),
     )
     return Assembly(config, mesh, cut, optimizer, trainer)

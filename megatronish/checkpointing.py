@@ -27,6 +27,7 @@ from megatronish.checkpoint.storage import Storage
 from megatronish.comm import streams
 from megatronish.config import Config
 from megatronish.layout import ParamLayout
+from megatronish.not_finite import require_sound_steps
 from megatronish.optim.zero import STATES, saved_boxes
 from megatronish.parallel.mesh import Mesh
 
@@ -77,7 +78,8 @@ class Saver:
         self._background = BackgroundSaver(work=work) if run.config.checkpoint.asynchronous else None
 
     def save(self, step: int) -> None:
-        """Save the run after `step`. Waits for the device, and for the disk; in the background only for a save still under way."""
+        """Save the run after `step`. Waits for the device, and for the disk; in the background only for a save still under way.
+        RunStopped if steps are no longer applied: nothing is saved then."""
         started = streams.wall_time(self._run.mesh.device)
         if self._background is None:
             path = save_checkpoint(self._job(step))
@@ -114,6 +116,7 @@ class Saver:
     def _job(self, step: int) -> SaveJob:
         run = self._run
         run.optimizer.ensure_parameters()
+        guard = require_sound_steps(run, log=self._warn)
         config, mesh, layout = run.config, run.mesh, run.cut.layout
         consumed_samples = config.batch_schedule.consumed_after(step)
         return SaveJob(
@@ -127,6 +130,7 @@ class Saver:
                 "consumed_samples": consumed_samples,
                 "consumed_tokens": consumed_samples * config.data.sequence_length,
                 "data_fingerprint": f"{self._data_fingerprint:016x}",
+                "step_guard": run.trainer.guard.saved(guard),
                 "config": config.model_dump(),
                 "layout": {"tp": mesh.shape.tp, "pp": mesh.shape.pp, "dp": mesh.shape.dp},
                 "versions": {"megatronish": __version__, "torch": torch.__version__},
@@ -152,6 +156,7 @@ def load_newest(run: Assembly, root: Path, *, log: Callable[[str], None]) -> Map
         for state, name, box, values in run.optimizer.needed_pieces():
             checkpoint.read(tensor_name(state, name), box, values)
         run.optimizer.publish_master()
+        run.trainer.guard.restore(checkpoint.state.get("step_guard"), step=int(checkpoint.state["step"]))
         return checkpoint.state
 
 

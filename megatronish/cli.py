@@ -1,6 +1,6 @@
 """`megatronish VERB`. A verb's module is imported when the verb runs, so that `--help` answers at once.
 
-A UserError is one `error:` line a problem on stderr and exit code 2; an interrupt is 130.
+A UserError is one `error:` line a problem on stderr and exit code 2; a run that stopped itself one line and 1; an interrupt is 130.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatronish
-from megatronish.errors import UserError
+from megatronish.errors import RunStopped, UserError, exit_code_of
 
 if TYPE_CHECKING:
     from megatronish.config import Config
@@ -171,10 +171,10 @@ def main() -> None:
     """Entry point of the `megatronish` command."""
     try:
         app(prog_name="megatronish")
-    except UserError as error:
+    except (UserError, RunStopped) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code_of(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

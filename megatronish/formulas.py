@@ -120,7 +120,8 @@ def kept_bytes_per_block(
     return elements * element_bytes + (2 * t + H * T) * max(4, element_bytes)
 
 
-# Dense peaks without sparsity, TFLOP/s: bfloat16, and float32 outside the tensor cores, from NVIDIA's and AMD's data sheets.
+# Dense peaks without sparsity, TFLOP/s, from the data sheets of NVIDIA and AMD: bfloat16 (float16 alike), and float32 outside the
+# tensor cores.
 # A name matches when all its words are in the device's name; the first match counts, so the particular stand before the general.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("GB300", 2500.0, 80.0),
@@ -147,10 +148,10 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def peak_tflops(device_name: str, dtype: Literal["bfloat16", "float32", "float64"]) -> float | None:
+def peak_tflops(device_name: str, dtype: Literal["bfloat16", "float16", "float32", "float64"]) -> float | None:
     """One device's dense peak in TFLOP/s by the name its driver gives it; None when the table does not know it, and for float64."""
     words = device_name.upper().replace("-", " ").replace("_", " ").split()
     for name, bfloat16, float32 in _PEAKS:
         if all(word in words for word in name.split()):
-            return {"bfloat16": bfloat16, "float32": float32}.get(dtype)
+            return {"bfloat16": bfloat16, "float16": bfloat16, "float32": float32}.get(dtype)
     return None

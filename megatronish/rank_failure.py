@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from megatronish.errors import UserError
+from megatronish.errors import exit_code_of
 from megatronish.parallel.rendezvous import Place, shared_store
 
 LINGER_SECONDS = 5.0
@@ -55,7 +55,8 @@ class RankGuard:
     """Context manager around all that a rank does. `run_folder` is set as soon as it is known.
 
     Alone (world size 1) it only adds to the log and lets the exception pass. As one of many it ends in SystemExit: 2 for a
-    UserError, 1 for all else; an interrupt ends the process at once, since the launcher passes it on to every rank."""
+    UserError, 1 for all else (errors.py says what is without a traceback); an interrupt ends the process at once,
+    since the launcher passes it on to every rank."""
 
     def __init__(self, place: Place, *, linger_seconds: float = LINGER_SECONDS) -> None:
         self.place = place
@@ -76,7 +77,8 @@ class RankGuard:
             raise SystemExit(self._report(error)) from error
 
     def _report(self, error: Exception) -> int:
-        code = 2 if isinstance(error, UserError) else 1
+        for_user = exit_code_of(error)
+        code = for_user or 1
         who = f"rank {self.place.rank} of {self.place.world_size}"
         board: Board | None = shared_store(self.place, timeout=datetime.timedelta(seconds=2))
         try:
@@ -85,15 +87,15 @@ class RankGuard:
                     _print(f"{who} lost a peer: {reason}")
             elif board is not None:
                 # Ranks may give different bad input; each such message is said once. Of failures in our code the first tells most.
-                topic = f"error {zlib.crc32(str(error).encode()):08x}" if code == 2 else "failure"
+                topic = f"error {zlib.crc32(str(error).encode()):08x}" if for_user else "failure"
                 if board.add(topic, 1) == 1:
-                    _print(_error_lines(error) if code == 2 else f"{who} failed:\n{_full_text(error)}")
+                    _print(_error_lines(error) if for_user else f"{who} failed:\n{_full_text(error)}")
                     board.set(_REPORTED, "1")
                     return code
             else:
                 if self.place.rank > 0:
                     time.sleep(self._linger_seconds)
-                _print(_error_lines(error, prefix=f"{who}: ") if code == 2 else f"{who} failed:\n{_full_text(error)}")
+                _print(_error_lines(error, prefix=f"{who}: ") if for_user else f"{who} failed:\n{_full_text(error)}")
                 return code
         except RuntimeError:  # the store went away meanwhile
             _print(f"{who} failed:\n{_full_text(error)}")
@@ -113,8 +115,8 @@ class RankGuard:
 
 
 def _full_text(error: Exception) -> str:
-    """The traceback; of bad input the message alone."""
-    if isinstance(error, UserError):
+    """The traceback; of what is meant for the user the message alone."""
+    if exit_code_of(error):
         return _error_lines(error)
     return "".join(traceback.format_exception(error)).rstrip()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from collections.abc import Mapping
 
@@ -81,6 +82,8 @@ def dry_batch(run: Assembly, step: int) -> float:
     if not finite:
         name = run.cut.parameters.first_not_finite()
         raise RuntimeError(f"parameter {name} is not finite: it was neither drawn nor loaded, or the checkpoint holds a NaN")
-    if not (abs(loss_value) < float("inf") and norm_value < float("inf")):
+    # In float16 the first loss scale may be too large: the steps find the right one.
+    norm_matters = config.train.dtype != "float16"
+    if not (math.isfinite(loss_value) and (math.isfinite(norm_value) or not norm_matters)):
         raise RuntimeError(f"the first batch gives loss {loss_value} and gradient norm {norm_value}; expected finite numbers")
     return loss_value

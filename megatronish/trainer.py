@@ -14,8 +14,9 @@ from megatronish.comm import all_reduce
 from megatronish.comm.streams import PhaseClock
 from megatronish.config import Config
 from megatronish.optim.grad_buffer import GradBuffer
-from megatronish.optim.grad_norm import clip_factor, owned_square_sum
+from megatronish.optim.grad_norm import owned_square_sum
 from megatronish.optim.lr_schedule import learning_rate
+from megatronish.optim.step_guard import StepGuard
 from megatronish.optim.zero import ZeroAdamW
 from megatronish.parallel.mesh import Mesh
 from megatronish.pipeline.lower import Step
@@ -55,6 +56,7 @@ class Trainer:
     evaluation_steps: list[Step]
     grads: GradBuffer
     optimizer: ZeroAdamW
+    guard: StepGuard
     clock: PhaseClock
 
     def fit(self, first_step: int, last_step: int) -> Iterator[StepResult]:
@@ -77,7 +79,7 @@ class Trainer:
 
         loss, grad_norm = self.join_scalars(loss_sum / num_targets)
         lr = learning_rate(self.config.optim, step, self.config.num_steps)
-        self.optimizer.step(step=step, lr=lr, grad_scale=clip_factor(grad_norm, self.config.optim.clip_norm))
+        self.optimizer.step(lr=lr, scalars=self.guard.decide(step=step, loss=loss, grad_norm=grad_norm))
         self.clock.mark("optimizer")
         return StepResult(step, loss, grad_norm, num_targets, lr)
 
@@ -92,17 +94,19 @@ class Trainer:
         return self.pipeline.run(
             self.train_steps(len(microbatches)),
             microbatches,
-            loss_gradient=1.0 / num_targets,
+            loss_gradient=self.guard.loss_scale / num_targets,
             before_last_backward=self.grads.begin_last_backward,
+            on_loss=self.guard.note_loss,
         )
 
     def join_scalars(self, local_loss: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, gradient norm) of the whole job from each rank's share, in one all-reduce of two numbers."""
+        """(loss, gradient norm) of the whole job from each rank's share, in one all-reduce of two numbers. The norm is without the
+        loss scale."""
         counted = self.mesh.is_last_stage and self.mesh.index("tp") == 0
         square_sum = owned_square_sum(self.grads)
         both = torch.stack((local_loss.to(square_sum.dtype) * float(counted), square_sum))
         loss, total = all_reduce(both, self.mesh.groups["world"]).unbind()
-        return loss, total.sqrt()
+        return loss, total.sqrt() / self.guard.loss_scale
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         """(sum of token losses, number of target tokens) over `batches`, summed over the job: device scalars."""

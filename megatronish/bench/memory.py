@@ -53,7 +53,7 @@ def optimizer_state_table(config: Config, dp_sizes: Sequence[int]) -> list[dict[
     rank without padding and without the tp copies of norms: state of one parameter x parameters / (tp x pp), under ZeRO 1 / dp."""
     parallel = config.parallel
     wide = torch.empty((), dtype=main_dtype(config)).element_size()
-    copies = 3 if config.train.dtype == "bfloat16" else 2
+    copies = 3 if config.train.dtype in ("bfloat16", "float16") else 2
     rows = []
     for zero_stage in (0, 1):
         for dp_size in dp_sizes:

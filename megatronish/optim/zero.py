@@ -15,7 +15,7 @@ from torch import Tensor
 from megatronish.comm import Group, Pending
 from megatronish.comm.collectives import start_all_gather_into
 from megatronish.config import OptimConfig
-from megatronish.kernels.adamw import AdamWStep, adamw_
+from megatronish.kernels.adamw import AdamWNumbers, adamw_
 from megatronish.layout import Rectangle
 from megatronish.optim.buckets import Bucket
 from megatronish.optim.grad_buffer import GradBuffer
@@ -56,15 +56,16 @@ class ZeroAdamW:
             if state["master"].dtype != flat.dtype:
                 state["master"].copy_(flat[start:stop])
 
-    def step(self, *, step: int, lr: float, grad_scale: Tensor) -> None:
-        """Update by gradients x grad_scale (a device scalar); start gathering new parameters. Does not wait for the device."""
+    def step(self, *, lr: float, scalars: Tensor) -> None:
+        """Update by gradients x scalars[0], the scalars[1]th time (on the device; a factor that is not finite changes nothing);
+        start gathering parameters. Does not wait for the device."""
         c = self.config
         for index, (bucket, flat, state) in enumerate(zip(self.parameters.buckets, self.parameters.flat, self.states, strict=True)):
             start, stop = self._updated_range(bucket)
-            numbers = AdamWStep(lr, c.beta1, c.beta2, c.eps, c.weight_decay if bucket.weight_decay else 0.0, step)
+            numbers = AdamWNumbers(lr, c.beta1, c.beta2, c.eps, c.weight_decay if bucket.weight_decay else 0.0)
             low = None if state["master"].dtype == flat.dtype else flat[start:stop]
             grad = self.grads.updated(index)
-            adamw_(state["master"], grad, state["exp_avg"], state["exp_avg_sq"], scale=grad_scale, low=low, numbers=numbers)
+            adamw_(state["master"], grad, state["exp_avg"], state["exp_avg_sq"], scalars=scalars, low=low, numbers=numbers)
         self.start_gathering()
 
     def publish_master(self) -> None:

@@ -49,6 +49,11 @@ class MeshShape:
             rank = rank * size + coordinates.get(axis, 0)
         return rank
 
+    def describe(self, rank: int) -> str:
+        """Coordinates for log lines, e.g. `pp0 dp1 tp0`."""
+        here = self.coordinates(rank)
+        return " ".join(f"{axis}{here[axis]}" for axis in AXES if axis in ("pp", "dp", "tp") or getattr(self, axis) > 1)
+
     def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` on `axis` only, in order."""
         here = self.coordinates(rank)
@@ -82,7 +87,7 @@ class Mesh:
 
     def describe(self) -> str:
         """Coordinates for log lines, e.g. `pp0 dp1 tp0`."""
-        return " ".join(f"{axis}{self.index(axis)}" for axis in AXES if axis in ("pp", "dp", "tp") or self.size(axis) > 1)
+        return self.shape.describe(self.rank)
 
 
 def build_mesh(shape: MeshShape, rank: int, *, device: torch.device, device_kind: str | None = None) -> Mesh:

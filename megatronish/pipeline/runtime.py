@@ -50,11 +50,13 @@ class PipelineRuntime:
         *,
         loss_gradient: Tensor | None = None,
         before_last_backward: Callable[[], None] | None = None,
+        on_loss: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """The sum over microbatches of the last stage's token losses (zero on the others), a device scalar.
 
         `loss_gradient`, 1 / the global number of target tokens, is where backward starts. `before_last_backward` is called before
-        the step's last Backward: the gradients it adds are final. A list without Backward only evaluates: no gradients, no dropout.
+        the step's last Backward: the gradients it adds are final. `on_loss` gets (microbatch, its loss) on the last stage. A
+        list without Backward only evaluates: no gradients, no dropout.
         Returns when every send is done, so all buffers are free."""
         mail = _Mail()
         backwards = [step for step in steps if isinstance(step, Backward)]
@@ -68,6 +70,8 @@ class PipelineRuntime:
                     mail.tensors[Message("activation", step.microbatch, step.chunk)] = output
                 else:
                     total = output if total is None else total + output
+                    if on_loss is not None:
+                        on_loss(step.microbatch, output)
             elif isinstance(step, Backward):
                 if step is backwards[-1] and before_last_backward is not None:
                     before_last_backward()
