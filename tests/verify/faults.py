@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -132,6 +133,27 @@ def moments_are_not_loaded() -> Patch:
     return checkpointing, "load_newest", faulty
 
 
+def dropout_depends_on_the_rank() -> Patch:
+    """As a generator that each rank seeds for itself would."""
+    place = assemble.place_dropout
+
+    def faulty(model: Any, *, seed: int, tp_index: int, **kwargs: Any) -> None:
+        place(model, seed=seed + tp_index, tp_index=tp_index, **kwargs)
+
+    return assemble, "place_dropout", faulty
+
+
+def dropout_is_the_same_in_every_microbatch() -> Patch:
+    """The key forgets which sample it is: every microbatch drops the same elements."""
+    microbatches = Batch.microbatches
+
+    def faulty(self: Batch, micro_batch_size: int) -> list[Batch]:
+        parts = microbatches(self, micro_batch_size)
+        return [replace(part, sample_numbers_B=parts[0].sample_numbers_B) for part in parts]
+
+    return Batch, "microbatches", faulty
+
+
 FAULTS: dict[str, Callable[[], Patch]] = {
     fault.__name__: fault
     for fault in (
@@ -145,6 +167,8 @@ FAULTS: dict[str, Callable[[], Patch]] = {
         gathered_parameters_are_one_step_old,
         decay_reaches_every_parameter,
         moments_are_not_loaded,
+        dropout_depends_on_the_rank,
+        dropout_is_the_same_in_every_microbatch,
     )
 }
 

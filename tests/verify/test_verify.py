@@ -62,6 +62,16 @@ EXPECTED: dict[str, tuple[tuple[str, ...], str, str]] = {
         "likely axis: parallel.data; the fault needs parallel.data=2, parallel.zero_stage=1",
     ),
     "decay_reaches_every_parameter": (("parallel.tensor=2",), "norm.weight after step 1", "not the layout"),
+    "dropout_depends_on_the_rank": (
+        ("parallel.tensor=2", "parallel.data=2", "model.dropout=0.1"),
+        "gradient of ",
+        "likely axis: parallel.tensor; the fault needs parallel.tensor=2, model.dropout=0.1",
+    ),
+    "dropout_is_the_same_in_every_microbatch": (
+        ("parallel.data=2", "model.dropout=0.1"),
+        "gradient of ",
+        "not the layout: one process of the trainer differs from plain PyTorch too, with model.dropout=0.1",
+    ),
     "moments_are_not_loaded": (("parallel.data=2",), "after step 3", "not the layout"),
 }
 
