@@ -51,7 +51,7 @@ class Batch:
     sample_numbers_B: Tensor
     """int64: the global number of each sample since the start of the run, 0, 1, 2, ...: the key of per-sample randomness."""
     documents_SB: Tensor | None = None
-    """int64: see TokenContext; None unless data.document_attention is set."""
+    """int64: see TokenContext; None unless data.separate_documents is set."""
 
     @property
     def context(self) -> TokenContext:

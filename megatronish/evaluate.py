@@ -93,6 +93,10 @@ class FirstSamples:
         """int64 [len(ids), S+1]."""
         return self.dataset.tokens(ids)
 
+    def document_numbers(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [len(ids), S]."""
+        return self.dataset.document_numbers(ids)
+
 
 def main(
     run: str,
@@ -210,6 +214,7 @@ def evaluate(
         data_rank=mesh.index("dp"),
         data_size=mesh.size("dp"),
         global_batch_size=config.train.global_batch_size,
+        separate_documents=config.data.separate_documents,
         device_copy=partial(streams.copy_to_device, device=mesh.device),
     )
     for number, batch in enumerate(batches, start=1):

@@ -59,8 +59,9 @@ class Surroundings:
 
 
 class Share(TypedDict):
-    """Which samples of each global batch are this rank's, and how they get to its device."""
+    """Which samples of each global batch are this rank's, how they are read, and how they get to its device."""
 
     data_rank: int
     data_size: int
+    separate_documents: bool
     device_copy: Callable[[Tensor], Tensor]

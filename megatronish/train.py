@@ -91,6 +91,7 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         share: Share = {
             "data_rank": mesh.index("dp"),
             "data_size": mesh.size("dp"),
+            "separate_documents": config.data.separate_documents,
             "device_copy": copy,
         }
         # Which samples a step takes follows from the config alone, resumed or not.

@@ -52,7 +52,14 @@ def make_loader(config: Config, data_rank: int, data_size: int) -> BatchLoader:
     """Synthetic samples."""
     S, V = config.data.sequence_length, config.model.vocab_size
     dataset = SyntheticDataset(vocab_size=V, sequence_length=S, length=1 << 20)
-    return BatchLoader(dataset, seed=config.train.seed, data_rank=data_rank, data_size=data_size, schedule=config.batch_schedule)
+    return BatchLoader(
+        dataset,
+        seed=config.train.seed,
+        data_rank=data_rank,
+        data_size=data_size,
+        schedule=config.batch_schedule,
+        separate_documents=config.data.separate_documents,
+    )
 
 
 def _serve_rank(commands: Connection, config: Config, rank: int, num_ranks: int, port: int) -> None:

@@ -80,6 +80,15 @@ class BlendedDataset:
             out[chosen] = self.sources[k].tokens(local[chosen])
         return out
 
+    def document_numbers(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [len(ids), S]."""
+        out = np.empty((len(ids), self.sequence_length), np.int64)
+        which, local = self.locate(ids)
+        for k in np.unique(which):
+            chosen = which == k
+            out[chosen] = self.sources[k].document_numbers(local[chosen])
+        return out
+
     def locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(source, place in it) of each place."""
         if ids.size and (ids.min() < 0 or ids.max() >= len(self)):

@@ -41,6 +41,9 @@ class TokenDataset(Protocol):
     def tokens(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [len(ids), S+1]."""
 
+    def document_numbers(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [len(ids), S]: which document of its sample each input token is of, 0 for the first, never falling."""
+
 
 class TrainingDataset(TokenDataset, Protocol):
     """A dataset with an order of its own."""
@@ -113,6 +116,15 @@ class GPTDataset:
             row, offset = np.unravel_index(int(np.argmax(out.view(np.uint64) >= self._limit)), out.shape)
             self._raise_bad_token(int(ids[row]) * self.sequence_length + int(offset))
         return out
+
+    def document_numbers(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [len(ids), S], from the document bounds of the .idx. Reads the bounds of the samples' own documents only."""
+        S, out = self.sequence_length, np.zeros((len(ids), self.sequence_length), np.int64)
+        for row, sample in zip(out, ids.tolist(), strict=True):
+            begin = self.start + sample * S
+            row[self.indexed.document_starts(begin, begin + S) - begin] = 1
+        out[:, 0] = 0
+        return np.cumsum(out, axis=1)
 
     def check_tokens(self) -> None:
         """Read every token of the split and compare it with the vocabulary. Raises UserError."""
@@ -187,6 +199,11 @@ class SyntheticDataset:
         position = np.arange(self.sequence_length + 1, dtype=np.uint64)
         x = (ids.astype(np.uint64)[:, None] * np.uint64(self.sequence_length) + position) * np.uint64(0x9E3779B97F4A7C15)
         return ((x >> np.uint64(32)) % np.uint64(self.vocab_size)).astype(np.int64)
+
+    def document_numbers(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [len(ids), S]: documents of 100 tokens."""
+        documents = (ids[:, None] * self.sequence_length + np.arange(self.sequence_length)) // 100
+        return documents - documents[:, :1]
 
     def num_epochs(self, samples: int) -> float:
         """How often a run of `samples` samples reads the set."""

@@ -107,6 +107,12 @@ class IndexedDataset:
         sequence = int(self.document_bounds[index])
         return self.num_tokens if sequence == self.num_sequences else int(self.pointers[sequence]) // self.dtype.itemsize
 
+    def document_starts(self, begin: int, end: int) -> NDArray[np.int64]:
+        """Positions in (begin, end) at which a document begins, rising, each once."""
+        first, last = self.locate(begin)[0], self.locate(end - 1)[0]
+        sequences = np.unique(self.document_bounds[first + 1 : last + 1])
+        return np.unique(self.pointers[sequences] // self.dtype.itemsize)
+
     def locate(self, position: int) -> tuple[int, int]:
         """(document, offset in it) of the token at `position`. Reads O(log) pages."""
         sequence = bisect_right(self.pointers, position * self.dtype.itemsize) - 1

@@ -32,7 +32,8 @@ def _identity(tensor: Tensor) -> Tensor:
 class BatchLoader:
     """`batch(step)` for any step, fastest in order.
 
-    `schedule` says which samples a step takes. Close it, or use it as a context manager: it owns a thread (`prefetch="thread"`)."""
+    `schedule` says which samples a step takes. `separate_documents`: positions restart at each document, and batches say which
+    token is of which. Close it, or use it as a context manager: it owns a thread (`prefetch="thread"`)."""
 
     def __init__(
         self,
@@ -42,13 +43,14 @@ class BatchLoader:
         data_rank: int,
         data_size: int,
         schedule: BatchSchedule,
+        separate_documents: bool = False,
         device_copy: DeviceCopy = _identity,
         prefetch: Literal["thread", "none"] = "thread",
     ) -> None:
         self.dataset = dataset
         self._seed = seed
         self._rank, self._size, self._schedule = data_rank, data_size, schedule
-        self._device_copy = device_copy
+        self._separate_documents, self._device_copy = separate_documents, device_copy
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch") if prefetch == "thread" else None
         self._ahead: tuple[int, Future[Batch]] | None = None
         for stage in schedule.stages:  # now rather than when its first step comes
@@ -98,11 +100,13 @@ class BatchLoader:
         self.close()
 
     def _make(self, step: int) -> Batch:
-        tokens = self.dataset.tokens(self.sample_ids(step))
+        ids = self.sample_ids(step)
+        tokens = self.dataset.tokens(ids)
         if len(tokens) not in self._constant:
             ones = np.ones(len(tokens), np.float32)
             self._constant = {len(tokens): _mask_and_positions(ones, tokens.shape[1] - 1, self._device_copy)}
-        return _to_batch(tokens, self.sample_numbers(step), self._constant[len(tokens)], self._device_copy)
+        documents = self.dataset.document_numbers(ids) if self._separate_documents else None
+        return _to_batch(tokens, self.sample_numbers(step), self._constant[len(tokens)], documents, self._device_copy)
 
 
 def evaluation_batches(
@@ -112,6 +116,7 @@ def evaluation_batches(
     data_size: int,
     global_batch_size: int,
     num_batches: int | None = None,
+    separate_documents: bool = False,
     device_copy: DeviceCopy = _identity,
 ) -> Iterator[Batch]:
     """The first `num_batches` global batches of the dataset (all when None), in its order, each sample once.
@@ -121,9 +126,11 @@ def evaluation_batches(
     length = len(dataset)
     for begin in range(0, length, global_batch_size)[:num_batches]:
         ids = sample_numbers(consumed_samples=begin, data_rank=data_rank, data_size=data_size, global_batch_size=global_batch_size)
-        tokens = dataset.tokens(np.where(ids < length, ids, 0))
+        places = np.where(ids < length, ids, 0)
+        tokens = dataset.tokens(places)
+        documents = dataset.document_numbers(places) if separate_documents else None
         constant = _mask_and_positions((ids < length).astype(np.float32), dataset.sequence_length, device_copy)
-        yield _to_batch(tokens, ids, constant, device_copy)
+        yield _to_batch(tokens, ids, constant, documents, device_copy)
 
 
 def _mask_and_positions(weights_B: NDArray[np.float32], sequence_length: int, device_copy: DeviceCopy) -> tuple[Tensor, Tensor]:
@@ -134,15 +141,33 @@ def _mask_and_positions(weights_B: NDArray[np.float32], sequence_length: int, de
     return device_copy(torch.from_numpy(mask)), device_copy(torch.from_numpy(positions))
 
 
+def restarted_positions(documents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[B, S] document numbers -> the position of each token in its document (in what the sample has of the first)."""
+    places = np.broadcast_to(np.arange(documents.shape[1]), documents.shape)
+    begins = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
+    positions: NDArray[np.int64] = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    return positions
+
+
 def _to_batch(
-    tokens: NDArray[np.int64], numbers: NDArray[np.int64], mask_and_positions: tuple[Tensor, Tensor], device_copy: DeviceCopy
+    tokens: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    mask_and_positions: tuple[Tensor, Tensor],
+    documents: NDArray[np.int64] | None,
+    device_copy: DeviceCopy,
 ) -> Batch:
-    """[B, S+1] -> inputs and labels [S, B]: contiguous views of one [S+1, B], so one transposition and one copy make both."""
+    """[B, S+1] -> inputs and labels [S, B]: contiguous views of one [S+1, B], so one transposition and one copy make both.
+    `documents`: numbers [B, S], where they are to be kept apart."""
     tokens_SB = device_copy(torch.from_numpy(tokens.T.copy()))
+    (mask_SB, positions_SB), documents_SB = mask_and_positions, None
+    if documents is not None:
+        positions_SB = device_copy(torch.from_numpy(restarted_positions(documents).T.copy()))
+        documents_SB = device_copy(torch.from_numpy(documents.T.copy()))
     return Batch(
         tokens_SB=tokens_SB[:-1],
         labels_SB=tokens_SB[1:],
-        loss_mask_SB=mask_and_positions[0],
-        positions_SB=mask_and_positions[1],
+        loss_mask_SB=mask_SB,
+        positions_SB=positions_SB,
         sample_numbers_B=device_copy(torch.from_numpy(numbers)),
+        documents_SB=documents_SB,
     )

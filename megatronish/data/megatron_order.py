@@ -63,6 +63,18 @@ class MegatronOrder:
             self.dataset.check_tokens()  # names the first such token
         return out
 
+    def document_numbers(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [len(ids), S]: of what Megatron calls documents."""
+        out = np.empty((len(ids), self.sequence_length), np.int64)
+        for row, sample in zip(out, self.shuffle_index[ids].tolist(), strict=True):
+            (first, offset), (last, last_offset) = self.sample_index[sample : sample + 2].tolist()
+            sizes = self.dataset.indexed.lengths[self.document_index[first : last + 1]].astype(np.int64)
+            sizes[-1] = last_offset + 1
+            sizes[0] -= offset
+            sizes = sizes[sizes > 0]
+            row[:] = np.repeat(np.arange(len(sizes)), sizes)[:-1]  # the last token is a label only
+        return out
+
     def _fill(self, row: NDArray[np.int64], sample: int) -> None:
         (first, offset), (last, last_offset) = self.sample_index[sample : sample + 2].tolist()
         filled = 0
@@ -124,6 +136,15 @@ class MegatronBlend:
         for k in np.unique(which):
             chosen = which == k
             out[chosen] = self.sources[k].tokens(np.asarray(numbers[chosen]))
+        return out
+
+    def document_numbers(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [len(ids), S]."""
+        out = np.empty((len(ids), self.sequence_length), np.int64)
+        which, numbers = self.source_index[ids], self.number_index[ids]
+        for k in np.unique(which):
+            chosen = which == k
+            out[chosen] = self.sources[k].document_numbers(np.asarray(numbers[chosen]))
         return out
 
     def describe_epochs(self, samples: int) -> str:

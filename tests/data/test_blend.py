@@ -80,6 +80,24 @@ def test_tokens_are_those_of_the_sources_own_order(sources):
         np.testing.assert_array_equal(row, sources[k].tokens(place)[0])
 
 
+def test_document_numbers_are_those_of_the_sources(write_set):
+    sets = [
+        write_set([[k * 10 + d] * size for d, size in enumerate(sizes)], name=f"docs{k}")
+        for k, sizes in enumerate(([5, 8], [3, 9]))
+    ]
+    sources = [GPTDataset(prefix, sequence_length=4, vocab_size=40) for prefix in sets]
+    blend = BlendedDataset(sources, [0.5, 0.5])
+    ids = np.arange(len(blend))
+    assert_documents_are_runs_of_equal_tokens(blend.tokens(ids)[:, :-1], blend.document_numbers(ids))
+
+
+def assert_documents_are_runs_of_equal_tokens(tokens, numbers):
+    changes = np.diff(tokens, axis=1) != 0
+    assert changes.any()
+    np.testing.assert_array_equal(numbers[:, 0], 0)
+    np.testing.assert_array_equal(np.diff(numbers, axis=1), changes)
+
+
 def test_the_order_does_not_depend_on_ranks_or_on_where_a_run_was_interrupted(sources):
     blend = BlendedDataset(sources, [1, 1, 1])
 

@@ -43,6 +43,34 @@ def test_samples_are_slices_of_the_concatenated_documents(tmp_path_factory, leng
         np.testing.assert_array_equal(tokens[i], flat[i * sequence_length : (i + 1) * sequence_length + 1])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=12).filter(lambda d: sum(map(sum, d)) > 14),
+    sequence_length=st.integers(1, 6),
+    fraction=st.sampled_from([0.0, 0.3]),
+)
+def test_document_numbers_follow_the_bounds_of_the_index(tmp_path_factory, lengths, sequence_length, fraction):
+    # Documents of several sequences, of none, of empty ones; a split that begins inside the set.
+    prefix = tmp_path_factory.mktemp("set") / "set"
+    with IndexedDatasetWriter(prefix, dtype=np.dtype("u2")) as writer:
+        for document in lengths:
+            for size in document:
+                writer.add_tokens(np.ones(size, "u2"))
+                writer.end_sequence()
+            writer.end_document()
+    owner = np.repeat(np.arange(len(lengths)), [sum(document) for document in lengths])
+    for split in ("train", "validation") if fraction else ("all",):
+        try:
+            dataset = GPTDataset(prefix, sequence_length=sequence_length, vocab_size=9, split=split, validation_fraction=fraction)
+        except UserError:  # too little for a sample
+            continue
+        numbers = dataset.document_numbers(np.arange(len(dataset)))
+        for sample, row in enumerate(numbers):
+            begin = dataset.start + sample * sequence_length
+            _, expected = np.unique(owner[begin : begin + sequence_length], return_inverse=True)
+            np.testing.assert_array_equal(row, expected)
+
+
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "i4", "i8", "u2"])
 def test_every_integer_dtype_gives_the_same_samples(write_set, dtype):
     dataset = GPTDataset(write_set(DOCUMENTS, dtype=dtype), sequence_length=3, vocab_size=12)

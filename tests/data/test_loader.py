@@ -26,8 +26,14 @@ def loader(**changes) -> BatchLoader:
 
 
 def assert_equal(a, b):
-    for field in dataclasses.fields(a):
-        assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+    for name, got in tensors(a).items():
+        assert torch.equal(got, getattr(b, name)), name
+    assert tensors(a).keys() == tensors(b).keys()
+
+
+def tensors(batch):
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def test_labels_are_the_next_tokens_and_all_is_contiguous_sequence_first():
@@ -38,10 +44,28 @@ def test_labels_are_the_next_tokens_and_all_is_contiguous_sequence_first():
     assert batch.sample_numbers_B.tolist() == [8, 9, 10, 11]
     assert batch.positions_SB.tolist() == [[s] * 4 for s in range(5)]
     assert torch.equal(batch.loss_mask_SB, torch.ones(5, 4))
-    assert [getattr(batch, f.name).dtype for f in dataclasses.fields(batch)] == [torch.int64] * 2 + [torch.float32] + [
-        torch.int64
-    ] * 2
-    assert all(getattr(batch, f.name).is_contiguous() for f in dataclasses.fields(batch))
+    assert batch.documents_SB is None
+    assert [x.dtype for x in tensors(batch).values()] == [torch.int64] * 2 + [torch.float32] + [torch.int64] * 2
+    assert all(x.is_contiguous() for x in tensors(batch).values())
+
+
+def test_separated_documents_have_numbers_and_positions_of_their_own(write_set):
+    documents = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10], [11, 12], [13]]  # 13 tokens: samples 1-5, 5-9 and 9-13
+    dataset = GPTDataset(write_set(documents), sequence_length=4, vocab_size=20)
+    expected = {1: ([0, 0, 0, 1], [0, 1, 2, 0]), 5: ([0, 0, 0, 0], [0, 1, 2, 3]), 9: ([0, 0, 1, 1], [0, 1, 0, 1])}
+    with loader(dataset=dataset, batch_size=3, separate_documents=True) as batches:
+        batch = batches.batch(0)
+    held_out = list(
+        evaluation_batches(dataset, data_rank=0, data_size=1, global_batch_size=3, separate_documents=True, num_batches=1)
+    )
+    for given in (batch, *held_out):
+        assert sorted(given.tokens_SB[0].tolist()) == [1, 5, 9]
+        for column, first in enumerate(given.tokens_SB[0].tolist()):
+            assert (given.documents_SB[:, column].tolist(), given.positions_SB[:, column].tolist()) == expected[first]
+        assert all(x.is_contiguous() for x in tensors(given).values())
+        part = given.microbatches(1)[1]
+        assert torch.equal(part.context.documents_SB, given.documents_SB[:, 1:2])
+        assert torch.equal(part.context.sample_numbers_B, given.sample_numbers_B[1:2])
 
 
 def test_resuming_at_a_step_gives_the_batches_of_the_run_that_was_not_stopped():

@@ -169,6 +169,18 @@ def test_an_interrupted_build_leaves_nothing_that_is_taken_for_an_order(tmp_path
     assert len(MegatronOrder(dataset, num_samples=30, seed=1, cache=cache)) >= 30
 
 
+def test_document_numbers_change_where_the_document_does(tmp_path):
+    lengths = [3, 1, 9, 2, 14, 1, 1, 30, 6, 5]
+    with IndexedDatasetWriter(tmp_path / "set", dtype=np.dtype("u2")) as writer:
+        writer.add_documents(np.repeat(np.arange(10), lengths), np.array(lengths))  # each of one token of its own
+    dataset = GPTDataset(tmp_path / "set", sequence_length=5, vocab_size=10)
+    for order in (MegatronOrder(dataset, num_samples=14, seed=1), MegatronBlend([dataset], [1.0], num_samples=13, seed=1)):
+        ids = np.arange(min(14, len(order)))
+        changes = np.diff(order.tokens(ids)[:, :-1], axis=1) != 0
+        assert changes.any()
+        np.testing.assert_array_equal(np.diff(order.document_numbers(ids), axis=1), changes)
+
+
 def test_places_beyond_the_order_and_bad_tokens_are_refused(tmp_path):
     dataset = GPTDataset(write(tmp_path / "set", [9] * 50), sequence_length=4, vocab_size=VOCAB)
     order = MegatronOrder(dataset, num_samples=30, seed=1)
