@@ -180,7 +180,7 @@ MODEL = (
     Constraint(
         name="head size even",
         keys=("model.num_heads", "model.hidden_size"),
-        applies=_heads_divide_hidden,
+        applies=lambda c: _heads_divide_hidden(c) and c.model.architecture == "llama",
         holds=lambda c: c.model.head_size % 2 == 0,
         message=lambda c: (
             f"model.hidden_size={c.model.hidden_size} / model.num_heads={c.model.num_heads} is a head size of "
@@ -188,6 +188,36 @@ MODEL = (
         ),
     ),
     _divides("model.num_kv_heads", "model.num_heads", lambda c: c.model.kv_heads, lambda c: c.model.num_heads),
+    Constraint(
+        name="gpt2 needs model.max_positions",
+        keys=("model.max_positions", "model.architecture"),
+        applies=lambda c: c.model.architecture == "gpt2",
+        holds=lambda c: c.model.max_positions is not None,
+        message=lambda c: (
+            f"model.max_positions is not given, and model.architecture=gpt2 learns a row for each position; set it to at least "
+            f"data.sequence_length={c.data.sequence_length}"
+        ),
+    ),
+    Constraint(
+        name="llama has no model.max_positions",
+        keys=("model.max_positions", "model.architecture"),
+        applies=lambda c: c.model.architecture == "llama",
+        holds=lambda c: c.model.max_positions is None,
+        message=lambda c: (
+            f"model.max_positions={c.model.max_positions}, but model.architecture=llama has rotary positions, without a table; "
+            f"remove model.max_positions"
+        ),
+    ),
+    Constraint(
+        name="data.sequence_length <= model.max_positions",
+        keys=("data.sequence_length", "model.max_positions"),
+        applies=lambda c: c.model.architecture == "gpt2" and c.model.max_positions is not None,
+        holds=lambda c: c.data.sequence_length <= (c.model.max_positions or 0),
+        message=lambda c: (
+            f"data.sequence_length={c.data.sequence_length} is longer than model.max_positions={c.model.max_positions}; set "
+            f"data.sequence_length to at most {c.model.max_positions}"
+        ),
+    ),
 )
 
 TENSOR = (

@@ -8,21 +8,37 @@ from megatronish.config import ModelConfig
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """All parameters, the padded rows of embedding and output projection (not tied) included."""
-    return num_matrix_weights(model) + model.padded_vocab_size * model.hidden_size + (2 * model.num_layers + 1) * model.hidden_size
+    """All parameters, the padded rows of embedding and output projection included; tied, those count once."""
+    return num_matrix_weights(model) + _num_table_weights(model) + _num_vector_weights(model)
 
 
 def num_parameters_without_embeddings(model: ModelConfig) -> int:
-    """Parameters of the blocks and the last norm: without embedding and output projection (Kaplan et al. 2020 count so)."""
-    return num_parameters(model) - 2 * model.padded_vocab_size * model.hidden_size
+    """Parameters of the blocks and the last norm: without embedding, positions and output projection (Kaplan et al. 2020)."""
+    return num_parameters(model) - _num_table_weights(model) - model.padded_vocab_size * model.hidden_size
 
 
 def num_matrix_weights(model: ModelConfig) -> int:
-    """Weights that are multiplied with every token: attention and MLP matrices and the output projection, not the embedding."""
+    """Weights that are multiplied with every token: attention and MLP matrices and the output projection, which counts here also
+    where it is the embedding; the lookup in the embedding does not."""
     query_size, kv_size = model.num_heads * model.head_size, model.kv_heads * model.head_size
     attention = model.hidden_size * (query_size + 2 * kv_size) + query_size * model.hidden_size
-    mlp = 3 * model.hidden_size * model.mlp_size
+    mlp = (3 if model.architecture == "llama" else 2) * model.hidden_size * model.mlp_size
     return model.num_layers * (attention + mlp) + model.padded_vocab_size * model.hidden_size
+
+
+def _num_table_weights(model: ModelConfig) -> int:
+    """Rows that are only looked up: positions, and the embedding where it is not tied."""
+    rows = (0 if model.tie_embeddings else model.padded_vocab_size) + (model.max_positions or 0)
+    return rows * model.hidden_size
+
+
+def _num_vector_weights(model: ModelConfig) -> int:
+    """Norms and biases."""
+    D, L = model.hidden_size, model.num_layers
+    if model.architecture == "llama":
+        return (2 * L + 1) * D
+    biases = (model.num_heads + 2 * model.kv_heads) * model.head_size + D + model.mlp_size + D
+    return L * biases + (2 * L + 1) * 2 * D
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -110,14 +126,16 @@ def kept_bytes_per_block(
     t = T // tensor if sequence_parallel else T
     D, K, F = model.hidden_size, model.head_size, model.mlp_size // tensor
     H, G = model.num_heads // tensor, model.kv_heads // tensor
-    into_activation = 2 * F
+    into_activation, statistics = (2 * F, 1) if model.architecture == "llama" else (F, 2)
     if recompute == "full":
         return D * t * element_bytes
     if recompute == "selective":
         return (2 * D * t + (H + 2 * G) * K * T + into_activation * T) * element_bytes
     gathered = t if regather_input else T
-    elements = 2 * D * t + 2 * D * gathered + (2 * H + 2 * G) * K * T + (into_activation + F) * T
-    return elements * element_bytes + (2 * t + H * T) * max(4, element_bytes)
+    # Without rotation keys and values stay in the packed projection; the queries of a group of several are copied out of it.
+    copied = H if model.architecture == "gpt2" and H != G else 0
+    elements = 2 * D * t + 2 * D * gathered + (2 * H + 2 * G + copied) * K * T + (into_activation + F) * T
+    return elements * element_bytes + (2 * statistics * t + H * T) * max(4, element_bytes)
 
 
 # Dense peaks without sparsity, TFLOP/s, from the data sheets of NVIDIA and AMD: bfloat16 (float16 alike), and float32 outside the

@@ -17,7 +17,7 @@ from megatronish.constraints import CONSTRAINTS, check, divisors_near, find_prob
 from megatronish.yaml_file import read_yaml_file
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-NUM_GPUS = {"demo_cpu": 8, "llama3_8b": 64, "llama3_70b": 256, "gpt3_175b": 1024, "gpt_1t": 3072}
+NUM_GPUS = {"demo_cpu": 8, "llama3_8b": 64, "llama3_70b": 256, "gpt2_124m": 8, "gpt3_175b": 1024, "gpt_1t": 3072}
 
 
 def config_with(**changes: dict[str, Any]) -> Config:
@@ -64,10 +64,18 @@ def test_a_shipped_config_sets_at_most_25_fields(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("llama3_8b", 8.03), ("llama3_70b", 70.55), ("gpt3_175b", 175.2), ("gpt_1t", 1012.6), ("demo_cpu", 0.01052)],
+    [
+        ("llama3_8b", 8.03),
+        ("llama3_70b", 70.55),
+        ("gpt2_124m", 0.12448),
+        ("gpt3_175b", 174.6),
+        ("gpt_1t", 1008.0),
+        ("demo_cpu", 0.01052),
+    ],
 )
 def test_parameters_of_the_shipped_configs(name: str, billions: float) -> None:
-    # 8.03 and 70.55 are Meta's model cards; the GPT shapes are near 174.6 and 1008.0 with gated MLPs of the same weights.
+    # 8.03 and 70.55 are Meta's model cards, 1008.0 is table 1 of Narayanan et al. 2021, 174.6 table D.1 of Brown et al. 2020; GPT-2
+    # small has 124.44 M without padded rows.
     assert formulas.num_parameters(load_config(CONFIGS / f"{name}.yaml").model) / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
@@ -91,6 +99,29 @@ def test_parameters_are_those_of_the_model() -> None:
     assert formulas.num_matrix_weights(model) == sum(matrices)
     embeddings = 2 * model.padded_vocab_size * model.hidden_size
     assert formulas.num_parameters_without_embeddings(model) == formulas.num_parameters(model) - embeddings
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_of_gpt2_are_those_of_the_model(tied: bool) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    fields = {"architecture": "gpt2", "max_positions": 40, "tie_embeddings": tied, "vocab_size": 128, "mlp_size": 200}
+    model = config_with(model=fields).model
+    shape = GPT2Config(vocab_size=128, n_positions=40, n_embd=64, n_layer=4, n_head=8, n_inner=200, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        reference = GPT2LMHeadModel(shape)
+    assert formulas.num_parameters(model) == sum(p.numel() for p in reference.parameters())
+    matrices = [p.numel() for name, p in reference.named_parameters() if p.dim() == 2 and name.startswith("transformer.h")]
+    assert formulas.num_matrix_weights(model) == sum(matrices) + 128 * 64
+    without = [
+        p.numel() for name, p in reference.named_parameters() if "wte" not in name and "wpe" not in name and "head" not in name
+    ]
+    assert formulas.num_parameters_without_embeddings(model) == sum(without)
+
+
+def test_an_odd_head_size_is_sound_without_rotary_positions() -> None:
+    model = {"architecture": "gpt2", "max_positions": 32, "hidden_size": 24}
+    assert check(config_with(model=model)) == []
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -211,6 +242,13 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
     "model.hidden_size % model.num_heads": ({"model": {"num_heads": 7}}, None, ("64", "7", "8")),
     "head size even": ({"model": {"hidden_size": 24}}, None, ("24", "8", "3")),
     "model.num_heads % model.num_kv_heads": ({"model": {"num_kv_heads": 3}}, None, ("8", "3", "4")),
+    "gpt2 needs model.max_positions": ({"model": {"architecture": "gpt2"}}, None, ("gpt2", "data.sequence_length=32")),
+    "llama has no model.max_positions": ({"model": {"max_positions": 64}}, None, ("64", "llama")),
+    "data.sequence_length <= model.max_positions": (
+        {"model": {"architecture": "gpt2", "max_positions": 31}},
+        None,
+        ("data.sequence_length=32", "model.max_positions=31"),
+    ),
     "parallel.tensor divides what it cuts": ({"parallel": {"tensor": 16}}, None, ("16", "num_heads=8", "1, 2, 4 or 8")),
     "model.num_layers >= parallel.pipeline": ({"parallel": {"pipeline": 5}}, None, ("5", "4")),
     "world = tensor x pipeline x data": ({"parallel": {"tensor": 2, "data": 4}}, 4, ("8", "4", "parallel.data to 2")),

@@ -70,7 +70,15 @@ def kept_bytes(case: Case, num_layers: int, device_kind: str) -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("device_kind", ["cpu", "cuda"])
 @pytest.mark.parametrize(
-    "case", [Case(), Case(tp=2), Case(tp=4, sequence=True), Case(tp=2, sequence=True, dtype="bfloat16")], ids=str
+    "case",
+    [
+        Case(),
+        Case(architecture="gpt2", tp=2, sequence=True),
+        Case(tp=2),
+        Case(tp=4, sequence=True),
+        Case(tp=2, sequence=True, dtype="bfloat16"),
+    ],
+    ids=str,
 )
 def test_kept_bytes_are_those_of_the_formula(case: Case, device_kind: str, dropout: float) -> None:
     kept = {}

@@ -120,6 +120,54 @@ def decay_reaches_every_parameter() -> Patch:
     return assemble, "plan_buckets", faulty
 
 
+def the_ends_of_a_tied_model_are_not_summed() -> Patch:
+    """Each end updates its copy of the embedding by its own gradient."""
+    make = assemble.make_param_layout
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        layout = make(*args, **kwargs)
+        placements = {
+            name: replace(p, sum_gradient_over=tuple(axis for axis in p.sum_gradient_over if axis != "ends"))
+            for name, p in layout.placements.items()
+        }
+        return replace(layout, placements=placements)
+
+    return assemble, "make_param_layout", faulty
+
+
+def a_tied_embedding_is_reduced_at_its_first_gradient() -> Patch:
+    """On one stage the projection's gradient comes long before the lookup's."""
+    plan = assemble.plan_buckets
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        return [replace(bucket, tied=False) for bucket in plan(*args, **kwargs)]
+
+    return assemble, "plan_buckets", faulty
+
+
+def a_row_bias_is_added_by_every_rank() -> Patch:
+    """Before the sum over tp instead of after it."""
+    forward = tensor.RowParallelLinear.forward
+
+    def faulty(self: tensor.RowParallelLinear, x: Tensor) -> Tensor:
+        out = forward(self, x)
+        return out if self.bias is None else out + self.bias.detach() * (self.tp.group.size - 1)
+
+    return tensor.RowParallelLinear, "forward", faulty
+
+
+def row_biases_and_positions_see_a_part_of_the_tokens() -> Patch:
+    """Under sequence parallelism their gradients are owed a sum over tp."""
+    make = assemble.make_param_layout
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        layout = make(*args, **kwargs)
+        placements = {name: p if "norm" in name else replace(p, sum_gradient_over=()) for name, p in layout.placements.items()}
+        return replace(layout, placements=placements)
+
+    return assemble, "make_param_layout", faulty
+
+
 def moments_are_not_loaded() -> Patch:
     """A resumed run goes on with the right weights and empty moments."""
     load = checkpointing.load_newest
@@ -169,6 +217,10 @@ FAULTS: dict[str, Callable[[], Patch]] = {
         moments_are_not_loaded,
         dropout_depends_on_the_rank,
         dropout_is_the_same_in_every_microbatch,
+        the_ends_of_a_tied_model_are_not_summed,
+        a_tied_embedding_is_reduced_at_its_first_gradient,
+        a_row_bias_is_added_by_every_rank,
+        row_biases_and_positions_see_a_part_of_the_tokens,
     )
 }
 
