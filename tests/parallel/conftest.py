@@ -32,9 +32,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             case = properties.get("parity")
             if case is None or report.when != "call":
                 continue
-            flags = [f"zero {case.zero_stage}", *["sequence"] * case.sequence, *["recompute"] * (case.recompute == "full")]
-            columns.add("\n".join(flags))
-            cell = cells[case.layout]["\n".join(flags)]
+            column = ("sequence\n" if case.sequence else "\n") + f"recompute {case.recompute}"
+            columns.add(column)
+            cell = cells[case.layout][column]
             cell.passed += outcome == "passed"
             cell.run += 1
             cell.largest_error = max(cell.largest_error, properties.get("largest error", 0.0))

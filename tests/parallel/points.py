@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from itertools import combinations, cycle, product
 from typing import Any
 
+import numpy as np
+
 from tests.parallel.parity import Case
 from tests.ranks import MAX_RANKS
 
@@ -15,11 +17,13 @@ AXES: dict[str, tuple[Any, ...]] = {
     "dp": (1, 2, 3, 4),
     "zero_stage": (0, 1, 2),
     "sequence": (False, True),
-    "recompute": ("none", "full"),
+    "recompute": ("none", "selective", "full"),
     # (architecture, tie_embeddings)
     "model": (("llama", False), ("gpt2", True)),
     # (vocab_size, vocab_multiple): 105 rows, cut unevenly, 4 of them padding; 96 rows that every tp divides, without padding.
     "vocabulary": ((101, 7), (96, 8)),
+    # (dropout, documents kept apart)
+    "masks": ((0.0, False), (0.1, False), (0.1, True)),
     # Every parameter in a bucket of its own; some share one; one bucket of each kind.
     "bucket_mib": (1e-5, 0.02, 8.0),
     "num_microbatches": (1, 2, 3, 4, 5),
@@ -45,7 +49,16 @@ def case_of(point: Point) -> Case:
     fields = dict(zip(AXES, point, strict=True))
     vocab_size, vocab_multiple = fields.pop("vocabulary")
     architecture, tied = fields.pop("model")
-    return Case(architecture=architecture, tie_embeddings=tied, vocab_size=vocab_size, vocab_multiple=vocab_multiple, **fields)
+    dropout, documents = fields.pop("masks")
+    return Case(
+        architecture=architecture,
+        tie_embeddings=tied,
+        vocab_size=vocab_size,
+        vocab_multiple=vocab_multiple,
+        dropout=dropout,
+        documents=documents,
+        **fields,
+    )
 
 
 def allowed_points() -> list[Point]:
@@ -57,28 +70,33 @@ def pairwise_points() -> list[Point]:
     """Few points that hold every pair of values that any allowed point holds. Greedy: the most new pairs, then the fewest ranks,
     then the first; so the same list every time."""
     points = allowed_points()
-    bit_of: dict[Pair, int] = {}
-    masks = []
-    for point in points:
-        mask = 0
-        for pair in pairs(point):
-            mask |= 1 << bit_of.setdefault(pair, len(bit_of))
-        masks.append(mask)
-    missing, chosen = (1 << len(bit_of)) - 1, []
-    while missing:
-        new = [(mask & missing).bit_count() for mask in masks]
-        best = max(range(len(points)), key=lambda i: (new[i], -points[i][0] * points[i][1] * points[i][2], -i))
+    value_of = [{value: i for i, value in enumerate(values)} for values in AXES.values()]
+    values = np.array([[number[value] for number, value in zip(value_of, point, strict=True)] for point in points])
+    largest = max(map(len, AXES.values()))
+    columns = [(k * largest + values[:, a]) * largest + values[:, b] for k, (a, b) in enumerate(combinations(range(len(AXES)), 2))]
+    pair_ids = np.stack(columns, axis=1)
+    num_ranks = np.array([point[0] * point[1] * point[2] for point in points])
+    missing = np.zeros(int(pair_ids.max()) + 1, bool)
+    missing[pair_ids] = True
+    chosen = []
+    while missing.any():
+        new = missing[pair_ids].sum(1)
+        best = int(np.lexsort((num_ranks, -new))[0])  # stable: the first of equal ones
         chosen.append(points[best])
-        missing &= ~masks[best]
+        missing[pair_ids[best]] = False
     return chosen
 
 
+TAKING_TURNS = ("masks", "bucket_mib", "num_microbatches")
+
+
 def all_cases() -> list[Case]:
-    """Every point of the axes that decide who computes what; bucket sizes and numbers of microbatches take turns."""
-    sizes, numbers = cycle(AXES["bucket_mib"]), cycle(AXES["num_microbatches"])
+    """Every point of the axes that decide who computes what; masks, bucket sizes and numbers of microbatches take turns."""
+    turns = {axis: cycle(AXES[axis]) for axis in TAKING_TURNS}
     cases = []
-    for head in product(*(values for axis, values in AXES.items() if axis not in ("bucket_mib", "num_microbatches"))):
-        point = (*head, next(sizes), max(head[1], next(numbers)))
+    for head in product(*(values for axis, values in AXES.items() if axis not in TAKING_TURNS)):
+        masks, bucket_mib, num_microbatches = (next(turns[axis]) for axis in TAKING_TURNS)
+        point = (*head, masks, bucket_mib, max(head[1], num_microbatches))
         if allowed(point):
             cases.append(case_of(point))
     return cases
