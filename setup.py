@@ -121,9 +121,9 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "megatronish._cpu",
-            ["csrc/bindings.cpp", "csrc/cpu/adamw.cpp", "csrc/cpu/gather.cpp", "csrc/cpu/order.cpp"],
+            ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("adamw", "bpe", "gather", "order"))],
             define_macros=[("MEGATRONISH_CPU", "1")],
-            depends=["csrc/cpu/cpu.h"],
+            depends=["csrc/cpu/bpe.h", "csrc/cpu/cpu.h"],
             extra_compile_args=cpu_flags,
             extra_link_args=["-pthread"],
             **shared,

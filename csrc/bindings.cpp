@@ -17,6 +17,7 @@ static T* at(Address address) {
 }
 
 #ifdef MEGATRONISH_CPU
+#include "cpu/bpe.h"
 #include "cpu/cpu.h"
 
 PYBIND11_MODULE(_cpu, m) {
@@ -74,6 +75,18 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("weights"), py::arg("num_sources"), py::arg("size"), py::arg("source"), py::arg("number"),
       py::call_guard<py::gil_scoped_release>());
+  py::class_<BpeEncoder>(m, "BpeEncoder")
+      .def(py::init([](Address classes, Address byte_ids, Address merges, int64_t num_merges) {
+             return new BpeEncoder(at<const uint8_t>(classes), at<const int32_t>(byte_ids), at<const int32_t>(merges), num_merges);
+           }),
+           py::arg("classes"), py::arg("byte_ids"), py::arg("merges"), py::arg("num_merges"))
+      .def(
+          "encode",
+          [](BpeEncoder& self, Address text, Address ends, int64_t num_texts, Address out, Address counts) {
+            return self.encode(at<const uint8_t>(text), at<const int64_t>(ends), num_texts, at<int32_t>(out), at<int64_t>(counts));
+          },
+          py::arg("text"), py::arg("ends"), py::arg("num_texts"), py::arg("out"), py::arg("counts"),
+          py::call_guard<py::gil_scoped_release>());
 }
 #endif
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ tokenizer_app = typer.Typer(help="Make a tokenizer.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 
 # typer reads annotations at run time on Python 3.10 too, and help texts keep their lines as written.
+OnBadLine = Literal["stop", "skip"]
 _GLOB_HELP = "In directories, the files to take, at any depth (may be given several times)."
 
 
@@ -22,7 +23,7 @@ def train(
     files: Annotated[list[Path], typer.Argument(help="Text files, .jsonl files (key `text`), directories.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens to learn, the 256 bytes and <|endoftext|> among them.")],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
-    glob: Annotated[list[str] | None, typer.Option(help=_GLOB_HELP, show_default="*.txt, *.jsonl")] = None,
+    glob: Annotated[list[str] | None, typer.Option(help=_GLOB_HELP, show_default="*.txt, *.jsonl, also .gz and .zst")] = None,
 ) -> None:
     """Learn a byte-level BPE from text.
 
@@ -47,18 +48,23 @@ def tokenize_command(
     workers: Annotated[int, typer.Option(help="Processes that encode. The files do not depend on it.")] = 1,
     append_eod: Annotated[bool, typer.Option(help="End each document with the end-of-text token.")] = True,
     eod: Annotated[str | None, typer.Option(help="That token, if it has an unusual name.")] = None,
-    glob: Annotated[list[str] | None, typer.Option(help=_GLOB_HELP, show_default="*.txt, *.jsonl")] = None,
+    on_bad_line: Annotated[
+        OnBadLine, typer.Option(help="A jsonl line that is no document: name it and stop, or count it.")
+    ] = "stop",
+    max_line_mib: Annotated[int, typer.Option(min=1, help="A longer jsonl line is a bad line: memory is bounded.")] = 64,
+    glob: Annotated[list[str] | None, typer.Option(help=_GLOB_HELP, show_default="*.txt, *.jsonl, also .gz and .zst")] = None,
 ) -> None:
     """Turn text into token files.
 
-    A text file is one document, a .jsonl file one a line. Order: as given, directories by relative path.
+    A text file is one document, a .jsonl file one a line; both may be packed as .gz or .zst. Order: as given, directories by
+    relative path. Killed, the same command goes on where it was. PREFIX.json says what was written and what was left out.
 
     Example: megatronish data tokenize books/ notes.jsonl --tokenizer tokenizer.json --out data/train --workers 8
     """
     from megatronish.data.documents import DEFAULT_GLOBS
     from megatronish.data.tokenize import tokenize
 
-    with _progress("tokenizing") as advance:
+    with _progress("tokenizing", unit="bytes") as advance:
         report = tokenize(
             inputs,
             tokenizer=tokenizer,
@@ -67,6 +73,8 @@ def tokenize_command(
             append_eod=append_eod,
             eod=eod,
             globs=glob or DEFAULT_GLOBS,
+            on_bad_line=on_bad_line,
+            max_line_bytes=max_line_mib << 20,
             on_progress=advance,
         )
     left_out = f", {report.empty_documents} empty documents left out" if report.empty_documents else ""
@@ -74,6 +82,8 @@ def tokenize_command(
         f"{out}.bin, {out}.idx: {report.documents} documents, {report.tokens} tokens ({report.dtype}) "
         f"of {report.bytes} bytes{left_out}"
     )
+    if report.skipped:
+        _print_skipped(report.skipped, report.first_skipped)
 
 
 @app.command("inspect")
@@ -95,13 +105,25 @@ def inspect_command(
     Console().print(summary_table(summary))
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; gives the function (done, total) that moves it."""
+def _print_skipped(skipped: dict[str, int], first: dict[str, str]) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.markup import escape
+    from rich.table import Table
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    table = Table("lines left out", "why", "the first", title_justify="left")
+    for reason, count in skipped.items():
+        table.add_row(f"{count:,}", reason, escape(first[reason]))
+    Console(stderr=True).print(table)
+
+
+@contextmanager
+def _progress(what: str, *, unit: Literal["bytes", "tokens"] = "tokens") -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; gives the function (done, total) that moves it. `unit`: what is counted, bytes or else."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    speed = (TransferSpeedColumn(),) if unit == "bytes" else ()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *speed, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

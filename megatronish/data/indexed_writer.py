@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,6 +28,18 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < _SMALL_VOCABULARY else np.dtype("<i4")
 
 
+@dataclass(frozen=True)
+class WriterState:
+    """How much a writer was given."""
+
+    num_documents: int = 0
+    num_sequences: int = 0
+    num_tokens: int = 0
+    open_length: int = 0
+    """Tokens of the open sequence."""
+    last_bound: int = 0
+
+
 class IndexedDatasetWriter:
     """Use as a context manager: leaving it normally makes the set appear, leaving it by an exception leaves nothing behind.
 
@@ -34,21 +47,49 @@ class IndexedDatasetWriter:
     `add_documents` adds many whole documents of one sequence each."""
 
     def __init__(self, prefix: str | os.PathLike[str], *, dtype: np.dtype[Any]) -> None:
-        self.num_documents = 0
-        self.num_sequences = 0
-        self.num_tokens = 0
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next(code for code, known in DTYPES.items() if known == self._dtype)
         self._bin, self._idx = bin_path(prefix), idx_path(prefix)
         self._bin.parent.mkdir(parents=True, exist_ok=True)
         tag = f".tmp-{os.getpid()}"
         self._temporary = [Path(f"{self._bin}{tag}"), Path(f"{self._idx}{tag}")]
         self._temporary += [Path(f"{self._idx}{tag}-{table}") for table in ("lengths", "bounds")]
-        self._data: BinaryIO = open(self._temporary[0], "wb", buffering=1 << 20)  # noqa: SIM115
-        self._lengths = _Spool(self._temporary[2], "i")
-        self._bounds = _Spool(self._temporary[3], "q")
-        self._bounds.append(0)
-        self._open_length = 0
+        self._open(np.dtype(dtype), WriterState())
+
+    @classmethod
+    def resumable(
+        cls, prefix: str | os.PathLike[str], *, dtype: np.dtype[Any], folder: Path, state: WriterState
+    ) -> IndexedDatasetWriter:
+        """A writer that keeps its files in `folder` and goes on from `state`, what `flush` gave before a process died."""
+        writer = cls.__new__(cls)
+        writer._bin, writer._idx = bin_path(prefix), idx_path(prefix)
+        writer._temporary = [folder / name for name in ("tokens", "index", "lengths", "bounds")]
+        writer._open(np.dtype(dtype), state)
+        return writer
+
+    def _open(self, dtype: np.dtype[Any], state: WriterState) -> None:
+        self._dtype = dtype.newbyteorder("<")
+        self._code = next(code for code, known in DTYPES.items() if known == self._dtype)
+        self.num_documents, self.num_sequences, self.num_tokens = state.num_documents, state.num_sequences, state.num_tokens
+        self._open_length = state.open_length
+        self._data = _open_at(self._temporary[0], state.num_tokens * self._dtype.itemsize, buffering=1 << 20)
+        self._lengths = _Spool(self._temporary[2], "i", count=state.num_sequences)
+        self._bounds = _Spool(self._temporary[3], "q", count=state.num_documents + 1 if state.num_documents else 0)
+        if state.num_documents:
+            self._bounds.last = state.last_bound
+        else:
+            self._bounds.append(0)
+
+    def flush(self, *, durable: bool = False) -> WriterState:
+        """Hand all that was added to the system (`durable`: to the disk), and say how much it is."""
+        self._lengths.flush()
+        self._bounds.flush()
+        for file in (self._data, self._lengths.file, self._bounds.file):
+            _sync(file) if durable else file.flush()
+        return WriterState(self.num_documents, self.num_sequences, self.num_tokens, self._open_length, self._bounds.last)
+
+    def close(self) -> None:
+        """Close the files and leave them as they are."""
+        for file in (self._data, self._lengths, self._bounds):
+            file.close()
 
     @property
     def document_is_open(self) -> bool:
@@ -101,14 +142,19 @@ class IndexedDatasetWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._finish()
+                self.finish()
         finally:
-            for file in (self._data, self._lengths, self._bounds):
-                file.close()
+            self.close()
             for path in self._temporary:
                 path.unlink(missing_ok=True)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Make the set appear under its name."""
+        self.write_index()
+        publish(self._temporary[0], self._temporary[1], self._bin, self._idx)
+
+    def write_index(self) -> None:
+        """Put the index together, beside the tokens. Both are on the disk then."""
         assert not self._open_length, "a document is open"
         if not self.num_documents:
             raise UserError(f"{self._bin}: no documents to write")
@@ -125,26 +171,39 @@ class IndexedDatasetWriter:
             for bounds in self._bounds.blocks("<i8"):
                 index.write(bounds.tobytes())
             _sync(index)
-        # Without an index there is no set. So a crash in between leaves none, never the new tokens under the old index.
-        self._idx.unlink(missing_ok=True)
-        os.replace(self._temporary[0], self._bin)
-        os.replace(self._temporary[1], self._idx)
-        directory = os.open(self._idx.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+
+
+def publish(tokens: Path, index: Path, bin_file: Path, idx_file: Path) -> None:
+    """Rename both files. Done again after a crash in between, with whichever are left, it finishes the work."""
+    # Without an index there is no set. So a crash in between leaves none, never the new tokens under the old index.
+    idx_file.unlink(missing_ok=True)
+    if tokens.exists():
+        os.replace(tokens, bin_file)
+    os.replace(index, idx_file)
+    directory = os.open(idx_file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _open_at(path: Path, size: int, *, buffering: int = -1) -> BinaryIO:
+    """For writing from byte `size` on; what is beyond is cut off."""
+    file: BinaryIO = open(path, "r+b" if size else "wb", buffering=buffering)  # noqa: SIM115
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 class _Spool:
     """A growing table of integers in a file."""
 
-    def __init__(self, path: Path, typecode: str) -> None:
+    def __init__(self, path: Path, typecode: str, *, count: int) -> None:
         self.last = 0
         self._path = path
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115
         self._buffer = array(typecode)
-        self.close: Callable[[], None] = self._file.close
+        self.file = _open_at(path, count * self._buffer.itemsize)
+        self.close: Callable[[], None] = self.file.close
 
     def append(self, value: int) -> None:
         self.last = value
@@ -156,17 +215,20 @@ class _Spool:
         if len(values):
             self.last = int(values[-1])
             self._flush()
-            self._file.write(values.astype(f"i{self._buffer.itemsize}").tobytes())
+            self.file.write(values.astype(f"i{self._buffer.itemsize}").tobytes())
+
+    def flush(self) -> None:
+        self._flush()
+        self.file.flush()
 
     def blocks(self, dtype: str) -> Iterator[NDArray[Any]]:
-        self._flush()
-        self._file.flush()
+        self.flush()
         with open(self._path, "rb") as file:
             while block := file.read(_BLOCK * np.dtype(dtype).itemsize):
                 yield np.frombuffer(block, dtype)
 
     def _flush(self) -> None:
-        self._file.write(self._buffer.tobytes())
+        self.file.write(self._buffer.tobytes())
         del self._buffer[:]
 
 

@@ -7,30 +7,38 @@ the files do not depend on the number of workers. A bounded number of segments i
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from megatronish.data.documents import (
     DEFAULT_GLOBS,
+    MAX_LINE_BYTES,
     SEGMENT_BYTES,
+    BadLine,
     Segment,
     cut_text,
     find_files,
     plan_segments,
     read_segment,
+    stop_at_bad_line,
 )
+from megatronish.data.encoders import Encoder, EncodersDisagree, LibraryEncoder, make_encoder
 from megatronish.data.indexed_writer import IndexedDatasetWriter, token_dtype
-from megatronish.data.tokenizer import end_of_text_id, load_tokenizer
+from megatronish.data.partial import PartialSet, input_facts
+from megatronish.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_fingerprint
 from megatronish.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +59,10 @@ class TokenizeReport:
     empty_documents: int
     """Left out."""
     dtype: str
+    skipped: dict[str, int]
+    """Lines left out, by reason."""
+    first_skipped: dict[str, str]
+    """The first line of each reason: file:line:column: what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,18 @@ class Encoded:
     tokens: NDArray[Any]
     lengths: NDArray[np.int64]
     goes_on: bool
-    num_bytes: int
+    file_bytes: int
     empty_documents: int
+    skipped: dict[str, int]
+    first: dict[str, BadLine]
 
 
 Job = tuple[Segment, ...]
+OnBad = Literal["stop", "skip"]
+
+
+class WorkerDied(UserError):
+    """A worker process ended; what is written stays for the next time."""
 
 
 def tokenize(
@@ -76,29 +95,102 @@ def tokenize(
     append_eod: bool = True,
     eod: str | None = None,
     globs: Sequence[str] = DEFAULT_GLOBS,
+    on_bad_line: OnBad = "stop",
+    max_line_bytes: int = MAX_LINE_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TokenizeReport:
     """Write the documents of `inputs`, in order, as the set `out`. uint16 when the vocabulary fits, else int32.
 
     `append_eod` ends each document with the end-of-text token (`eod` names another). `workers=1` works in this process.
-    `on_progress(bytes done, bytes in all)` is called as results are written. Raises UserError; then nothing is left at `out`."""
+    `on_progress(bytes done, bytes in all)` is called as results are written. A process that is killed leaves OUT.partial, from
+    which the same call goes on, with any number of workers. Raises UserError; then nothing is left at `out`."""
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
     loaded = load_tokenizer(tokenizer)
     dtype = token_dtype(loaded.get_vocab_size(with_added_tokens=True))
     end_id = end_of_text_id(loaded, token=eod) if append_eod else None
     files = find_files(inputs, globs=globs)
-    total, done, empty = sum(path.stat().st_size for path in files), 0, 0
-    encode = functools.partial(encode_job, end_id=end_id, dtype=dtype.str)
-    with IndexedDatasetWriter(out, dtype=dtype) as writer:
-        for result in _run(group_jobs(plan_segments(files)), encode, tokenizer=tokenizer, loaded=loaded, workers=workers):
+    settings = {
+        "tokenizer": xxhash.xxh3_128_hexdigest(loaded.to_str().encode()),
+        "end_of_text": end_id,
+        "on_bad_line": on_bad_line,
+        "max_line_bytes": max_line_bytes,
+        "inputs": input_facts(files),
+    }
+    recipe = _Recipe(tokenizer, end_id, dtype.str, on_bad_line, max_line_bytes)
+    with PartialSet(out, settings) as partial:
+        if partial.is_ready():
+            report = partial.publish()
+            return TokenizeReport(**{key: report[key] for key in TokenizeReport.__dataclass_fields__})
+        try:
+            return _tokenize(recipe, loaded, files, partial, workers, on_progress)
+        except EncodersDisagree as found:
+            warnings.warn(f"{found}; starting over with the library, which is slower", stacklevel=2)
+            partial.restart()
+            return _tokenize(replace(recipe, encoder="library"), loaded, files, partial, workers, on_progress)
+        except WorkerDied:
+            raise
+        except UserError:
+            partial.discard()
+            raise
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a worker needs to encode."""
+
+    tokenizer: Path
+    end_id: int | None
+    dtype: str
+    on_bad_line: OnBad
+    max_line_bytes: int
+    encoder: Literal["fastest", "library"] = "fastest"
+
+    def encoder_of(self, tokenizer: Tokenizer) -> Encoder:
+        return make_encoder(tokenizer) if self.encoder == "fastest" else LibraryEncoder(tokenizer)
+
+
+def _tokenize(
+    recipe: _Recipe,
+    loaded: Tokenizer,
+    files: Sequence[Path],
+    partial: PartialSet,
+    workers: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> TokenizeReport:
+    total, progress, dtype = sum(path.stat().st_size for path in files), partial.progress(), np.dtype(recipe.dtype)
+    writer = IndexedDatasetWriter.resumable(partial.prefix, dtype=dtype, folder=partial.folder, state=progress.writer)
+    try:
+        jobs = group_jobs(plan_segments(files, max_line_bytes=recipe.max_line_bytes))
+        for result in _run(itertools.islice(jobs, progress.jobs, None), recipe, loaded=loaded, workers=workers):
             _write(writer, result)
-            done, empty = done + result.num_bytes, empty + result.empty_documents
+            progress.jobs, progress.file_bytes = progress.jobs + 1, progress.file_bytes + result.file_bytes
+            progress.count({**result.skipped, "empty": result.empty_documents}, result.first)
+            partial.save(progress, writer)
             if on_progress is not None:
-                on_progress(done, total)
+                on_progress(progress.file_bytes, total)
+        empty = progress.skipped.pop("empty", 0)
         if writer.num_documents == 0:
-            raise UserError(f"{', '.join(map(str, inputs[:4]))}: no text in {len(files)} files, {empty} empty documents; give some")
-    return TokenizeReport(writer.num_documents, writer.num_tokens, total, empty, dtype.name)
+            names = ", ".join(map(str, files[:4]))
+            raise UserError(
+                f"{names}: no text in {len(files)} files, {empty} empty documents and {sum(progress.skipped.values())} lines left "
+                "out; give some"
+            )
+        report = TokenizeReport(
+            documents=writer.num_documents,
+            tokens=writer.num_tokens,
+            bytes=total,
+            empty_documents=empty,
+            dtype=dtype.name,
+            skipped=dict(sorted(progress.skipped.items())),
+            first_skipped={reason: str(line.error()) for reason, line in sorted(progress.first.items())},
+        )
+        partial.finish(
+            writer, asdict(report) | {"vocabulary": f"{vocabulary_fingerprint(loaded):016x}", "end_of_text": recipe.end_id}
+        )
+        return report
+    finally:
+        writer.close()
 
 
 def group_jobs(segments: Iterable[Segment], *, job_bytes: int = SEGMENT_BYTES) -> Iterator[Job]:
@@ -115,18 +207,30 @@ def group_jobs(segments: Iterable[Segment], *, job_bytes: int = SEGMENT_BYTES) -
         yield tuple(group)
 
 
-def encode_job(job: Job, tokenizer: Tokenizer, *, end_id: int | None, dtype: str) -> Encoded:
-    """Read and encode one job. A pure function of the files and the tokenizer. Raises UserError."""
+def encode_job(job: Job, encoder: Encoder, recipe: _Recipe) -> Encoded:
+    """Read and encode one job. A function of the files and the tokenizer. Raises UserError."""
     tokens: list[NDArray[Any]] = []
     lengths: list[int] = []
     length = empty = 0
-    end = np.array([] if end_id is None else [end_id], dtype)
-    for pieces in _batches(job):
-        encodings = tokenizer.encode_batch_fast([text for text, _ in pieces], add_special_tokens=False)
-        for (_, closes), encoding in zip(pieces, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype)
-            tokens.append(ids)
-            length += len(ids)
+    skipped: dict[str, int] = {}
+    first: dict[str, BadLine] = {}
+    end = np.array([] if recipe.end_id is None else [recipe.end_id], recipe.dtype)
+
+    def skip(line: BadLine) -> None:
+        skipped[line.reason] = skipped.get(line.reason, 0) + 1
+        first.setdefault(line.reason, line)
+
+    read = functools.partial(
+        read_segment, on_bad_line=skip if recipe.on_bad_line == "skip" else stop_at_bad_line, max_line_bytes=recipe.max_line_bytes
+    )
+    for pieces in _batches(job, read):
+        ids, counts = encoder.encode([text for text, _ in pieces])
+        # No id is beyond the vocabulary, which the dtype was chosen for.
+        begin, ids = 0, ids.astype(recipe.dtype)
+        for (_, closes), count in zip(pieces, counts.tolist(), strict=True):
+            tokens.append(ids[begin : begin + count])
+            begin += count
+            length += count
             if closes is None or not closes.ends_document:
                 continue
             if length or (closes.kind == "text" and closes.start > 0):  # the rest of a document begun in another job
@@ -139,20 +243,22 @@ def encode_job(job: Job, tokenizer: Tokenizer, *, end_id: int | None, dtype: str
     if goes_on:
         lengths.append(length)
     return Encoded(
-        np.concatenate(tokens) if tokens else end[:0],
-        np.array(lengths, np.int64),
-        goes_on,
-        sum(segment.num_bytes for segment in job),
-        empty,
+        tokens=np.concatenate(tokens) if tokens else end[:0],
+        lengths=np.array(lengths, np.int64),
+        goes_on=goes_on,
+        file_bytes=sum(segment.file_bytes for segment in job),
+        empty_documents=empty,
+        skipped=skipped,
+        first=first,
     )
 
 
-def _batches(job: Job) -> Iterator[list[tuple[str, Segment | None]]]:
+def _batches(job: Job, read: Callable[[Segment], Iterator[str]]) -> Iterator[list[tuple[str, Segment | None]]]:
     """Pieces for one call of the encoder each; with the segment at the end of its text, else None."""
     batch: list[tuple[str, Segment | None]] = []
     size = 0
     for segment in job:
-        for text in read_segment(segment):
+        for text in read(segment):
             pieces = list(cut_text(text, size=_PIECE_CHARACTERS))
             for i, piece in enumerate(pieces):
                 batch.append((piece, segment if i == len(pieces) - 1 else None))
@@ -178,17 +284,16 @@ def _write(writer: IndexedDatasetWriter, result: Encoded) -> None:
     writer.add_tokens(tokens[split:])
 
 
-def _run(
-    jobs: Iterator[Job], encode: Callable[..., Encoded], *, tokenizer: Path, loaded: Tokenizer, workers: int
-) -> Iterator[Encoded]:
+def _run(jobs: Iterator[Job], recipe: _Recipe, *, loaded: Tokenizer, workers: int) -> Iterator[Encoded]:
     """Results in the order of `jobs`, with at most `_AHEAD * workers` under way."""
     if workers == 1:
+        encoder = recipe.encoder_of(loaded)
         for job in jobs:
-            yield encode(job, loaded)
+            yield encode_job(job, encoder, recipe)
         return
     # forkserver: a plain fork of a process with threads (torch, this tokenizer) can hang.
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer, encode))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(recipe,))
     pending: deque[Future[Encoded]] = deque()
     try:
         for job in jobs:
@@ -198,7 +303,10 @@ def _run(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError(f"a tokenizer worker died (out of memory, or killed); try fewer than --workers {workers}") from None
+        raise WorkerDied(
+            f"a tokenizer worker died (out of memory, or killed); the same command goes on from here: try fewer than --workers "
+            f"{workers}"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -206,10 +314,10 @@ def _run(
 _worker: list[Callable[[Job], Encoded]] = []  # in a worker process: what it runs, made once
 
 
-def _start_worker(tokenizer: Path, encode: Callable[..., Encoded]) -> None:
+def _start_worker(recipe: _Recipe) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    loaded = load_tokenizer(tokenizer)
-    _worker[:] = [lambda job: encode(job, loaded)]
+    encoder = recipe.encoder_of(load_tokenizer(recipe.tokenizer))
+    _worker[:] = [lambda job: encode_job(job, encoder, recipe)]
 
 
 def _work(job: Job) -> Encoded:

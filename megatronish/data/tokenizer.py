@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from megatronish.data.documents import plan_segments, read_segment
@@ -87,6 +88,12 @@ def end_of_text_id(tokenizer: Tokenizer, *, token: str | None = None) -> int:
             return int(found)
     wanted = token or ", ".join((END_OF_TEXT, *_OTHER_ENDS))
     raise UserError(f"the tokenizer has no token that ends a document ({wanted}); name one with --eod, or use --no-append-eod")
+
+
+def vocabulary_fingerprint(tokenizer: Tokenizer) -> int:
+    """64 bits of which id each token has: sets made by two tokenizers go together only where it is the same."""
+    vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    return xxhash.xxh3_64_intdigest(json.dumps(vocabulary).encode())
 
 
 def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:

@@ -43,7 +43,7 @@ def documents_of(prefix) -> list[list[int]]:
 
 def test_the_files_do_not_depend_on_the_number_of_workers(corpus, tokenizer_path, tmp_path, monkeypatch):
     plan, group = module.plan_segments, module.group_jobs
-    monkeypatch.setattr(module, "plan_segments", lambda files: plan(files, segment_bytes=3000))
+    monkeypatch.setattr(module, "plan_segments", lambda files, **kw: plan(files, segment_bytes=3000, **kw))
     monkeypatch.setattr(module, "group_jobs", lambda segments: group(segments, job_bytes=5000))
     assert len(list(module.group_jobs(module.plan_segments([corpus / "long.txt"])))) > 12, "one job would prove nothing"
     reports = [tokenize([corpus], tokenizer=tokenizer_path, out=tmp_path / f"w{n}", workers=n) for n in (1, 3)]
@@ -57,7 +57,7 @@ def test_documents_are_the_encodings_of_the_texts_however_they_are_cut(
     corpus, tokenizer_path, tmp_path, monkeypatch, segment_bytes
 ):
     plan = module.plan_segments
-    monkeypatch.setattr(module, "plan_segments", lambda files: plan(files, segment_bytes=segment_bytes))
+    monkeypatch.setattr(module, "plan_segments", lambda files, **kw: plan(files, segment_bytes=segment_bytes, **kw))
     monkeypatch.setattr(module, "_PIECE_CHARACTERS", segment_bytes)
     report = tokenize([corpus], tokenizer=tokenizer_path, out=tmp_path / "set")
     tokenizer = load_tokenizer(tokenizer_path)
