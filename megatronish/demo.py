@@ -129,7 +129,7 @@ class DemoData:
         """Everything that training reads."""
         return [
             self.tokenizer,
-            *(Path(f"{prefix}{suffix}") for prefix in (self.train, self.validation) for suffix in (".bin", ".idx")),
+            *(Path(f"{prefix}{suffix}") for prefix in (self.train, self.validation) for suffix in (".bin", ".idx", ".json")),
         ]
 
     def record(self, vocab_size: int) -> dict[str, Any]:
