@@ -5,9 +5,9 @@ On the way, if asked to, the run is saved and goes on in a trainer that was buil
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,8 +54,7 @@ def run_layout(rank: int, config: Config, checkpoints: Path | None = None) -> Ra
         result.gradients.append(list(_owned_gradients(run)))
         result.weights.append(_owned_weights(run))
         if checkpoints is not None and step >= config.num_steps - 1:
-            save = partial(checkpointing.save, run, checkpoints, step=step, data_fingerprint=0, token=None)
-            save(storage=FileStorage(), log=_nothing)
+            _save(run, checkpoints, step)
         if checkpoints is not None and step == config.num_steps - 1:
             run = _build(config, mesh)
             assert checkpointing.load_newest(run, checkpoints, log=_nothing) is not None
@@ -79,6 +78,14 @@ def world_size_of(config: Config) -> int:
     """Ranks of a config that says how many replicas there are."""
     assert config.parallel.data is not None
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+
+
+def _save(run: Assembly, checkpoints: Path, step: int) -> None:
+    log, storage = logging.getLogger("megatronish.verify"), FileStorage()
+    log.setLevel(logging.ERROR)
+    saver = checkpointing.Saver(run, checkpoints, data_fingerprint=0, token="verify", storage=storage, log=log, work="inline")
+    saver.save(step)
+    saver.finish()
 
 
 def _build(config: Config, mesh: Mesh) -> Assembly:

@@ -202,6 +202,33 @@ def dropout_is_the_same_in_every_microbatch() -> Patch:
     return Batch, "microbatches", faulty
 
 
+def tied_embeddings_are_not_summed() -> Patch:
+    """Each end of the pipeline updates its copy by its own gradient."""
+    make = assemble.make_param_layout
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        layout = make(*args, **kwargs)
+        placements = {
+            name: replace(p, sum_gradient_over=tuple(axis for axis in p.sum_gradient_over if axis != "ends"))
+            for name, p in layout.placements.items()
+        }
+        return replace(layout, placements=placements)
+
+    return assemble, "make_param_layout", faulty
+
+
+def a_bias_is_added_on_every_tp_rank() -> Patch:
+    """That of a row-parallel linear, before the sum over tp instead of after it."""
+    row_forward = tensor.RowParallelLinear.forward
+
+    def faulty(self: tensor.RowParallelLinear, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        out: Tensor = row_forward(self, x)
+        return out + (self.tp.group.size - 1) * self.bias
+
+    return tensor.RowParallelLinear, "forward", faulty
+
+
 FAULTS: dict[str, Callable[[], Patch]] = {
     fault.__name__: fault
     for fault in (
@@ -216,6 +243,8 @@ FAULTS: dict[str, Callable[[], Patch]] = {
         decay_reaches_every_parameter,
         moments_are_not_loaded,
         dropout_depends_on_the_rank,
+        tied_embeddings_are_not_summed,
+        a_bias_is_added_on_every_tp_rank,
         dropout_is_the_same_in_every_microbatch,
         the_ends_of_a_tied_model_are_not_summed,
         a_tied_embedding_is_reduced_at_its_first_gradient,

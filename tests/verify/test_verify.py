@@ -19,6 +19,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 DEMO = CONFIGS[0].parent / "demo_cpu.yaml"
 GPT2 = ("model.architecture=gpt2", "model.max_positions=256")
 PLAIN = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.data=1", "parallel.sequence=false")
+GPT2 = ("model.architecture=gpt2", "model.max_positions=256", "model.tie_embeddings=true", "model.num_kv_heads=8")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,16 @@ EXPECTED: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("parallel.data=2", "model.dropout=0.1"),
         "gradient of ",
         "not the layout: one process of the trainer differs from plain PyTorch too, with model.dropout=0.1",
+    ),
+    "tied_embeddings_are_not_summed": (
+        ("parallel.pipeline=2", "parallel.tensor=2", *GPT2),
+        "gradient of embedding.weight in step 1",
+        "likely axis: parallel.pipeline; the fault needs parallel.pipeline=2, model.tie_embeddings=true",
+    ),
+    "a_bias_is_added_on_every_tp_rank": (
+        ("parallel.pipeline=2", "parallel.tensor=2", *GPT2),
+        "bias in step 1",
+        "likely axis: parallel.tensor;",
     ),
     "moments_are_not_loaded": (("parallel.data=2",), "after step 3", "not the layout"),
     "the_ends_of_a_tied_model_are_not_summed": (
