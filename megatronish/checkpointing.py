@@ -69,7 +69,7 @@ class Saver:
         token: str,
         storage: Storage,
         log: logging.Logger,
-        work: Literal["thread", "inline"],
+        work: Literal["thread", "inline"] = "thread",
     ) -> None:
         self._run, self._root, self._storage, self._token = run, root, storage, token
         self._data_fingerprint = data_fingerprint

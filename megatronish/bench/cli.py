@@ -69,6 +69,46 @@ def memory(
     Console(width=120).print(table.render(table.optimizer_state_table(loaded, dp or [1, 2, 4])))
 
 
+@app.command()
+def checkpoint(
+    gib: Annotated[float, typer.Option(min=0.01, help="Size of the state, all ranks together.")] = 1.0,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes that save and load together.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 5,
+    folder: Annotated[Path, typer.Option(help="On the disk to measure; what is written there is removed.")] = Path("runs"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+) -> None:
+    """Saves and loads of a training state against torch.distributed.checkpoint, and an asynchronous save's stall against a memcpy.
+
+    Example: megatronish bench checkpoint --gib 0.25 --nproc 1 --rounds 3
+    """
+    from rich.progress import Progress
+
+    checkpoint_bench: Any = importlib.import_module("megatronish.bench.checkpoint")
+    bench = checkpoint_bench.CheckpointBench(gib, nproc, rounds, folder)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("rounds of saves, then of loads", total=2 * rounds)
+        result = checkpoint_bench.measure(bench, lambda number: progress.advance(task))
+    _print_checkpoint(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _print_checkpoint(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result['gib']:.2f} GiB on {result['num_ranks']} processes, {result['device']}, {result['date']}"
+    table = Table("variant", "median s", "GiB/s", "all s", title=title)
+    for name, seconds in result["seconds"].items():
+        spread = " ".join(f"{value:.2f}" for value in result["all_seconds"][name])
+        table.add_row(name, f"{seconds:.3f}", f"{result['gib_per_second'][name]:.2f}", spread)
+    console = Console(width=120)
+    console.print(table)
+    for name, ratio in result["ratios"].items():
+        console.print(f"{name}: {ratio:.2f}")
+    console.print(f"medians of {result['rounds']} interleaved rounds; load average at the end {result['load_average']:.1f}")
+
+
 def _print_step(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table

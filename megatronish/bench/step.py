@@ -7,10 +7,7 @@ hits both alike.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import platform
-import socket
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,6 +18,7 @@ import torch
 
 from megatronish import __version__
 from megatronish.assemble import DTYPES, assemble, draw_weights, mesh_shape
+from megatronish.bench.workers import Workers, free_port, processor_name
 from megatronish.comm import streams
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import SyntheticDataset
@@ -28,8 +26,6 @@ from megatronish.data.loader import BatchLoader
 from megatronish.interop.llama import hugging_face_config
 from megatronish.parallel.mesh import build_mesh
 from megatronish.parallel.rendezvous import Place, connect, disconnect
-
-_PATIENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -115,67 +111,10 @@ def _serve_peer(commands: Connection, config: Config, threads: int) -> None:
     loader.close()
 
 
-class _Variant:
-    """Processes that run steps when told."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.processes: list[Any] = []
-        self.connections: list[Connection] = []
-        self.rates: list[float] = []
-        self.cpu_seconds: list[float] = []
-        """Of all processes together, a step."""
-        self.phases: list[dict[str, float]] = []
-
-    def start(self, target: Any, *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-        process.start()
-        theirs.close()
-        self.processes.append(process)
-        self.connections.append(ours)
-
-    def answers(self) -> list[Any]:
-        """One answer of every process."""
-        result = []
-        for connection in self.connections:
-            if not connection.poll(_PATIENCE_SECONDS):
-                raise RuntimeError(f"{self.name}: a process gave no answer within {_PATIENCE_SECONDS:.0f} s")
-            try:
-                result.append(connection.recv())
-            except EOFError as error:
-                raise RuntimeError(f"{self.name}: a process died; its error is above") from error
-        return result
-
-    def run(self, steps: int) -> list[Any]:
-        for connection in self.connections:
-            connection.send(steps)
-        return self.answers()
-
-    def stop(self) -> None:
-        for connection in self.connections:
-            try:
-                connection.send(0)
-            except OSError:
-                continue
-        for process in self.processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def measure(bench: StepBench, on_round: Any = lambda number: None) -> dict[str, Any]:
     """Run the bench on CPU; rates are medians over rounds, the ratio the median of each round's ratio."""
-    config, port = bench.config, _free_port()
-    ours, peer = _Variant("megatronish"), _Variant("Hugging Face Llama, one process")
+    config, port = bench.config, free_port()
+    ours, peer = Workers("megatronish"), Workers("Hugging Face Llama, one process")
     try:
         for rank in range(bench.num_ranks):
             ours.start(_serve_rank, config, rank, bench.num_ranks, port)
@@ -196,7 +135,7 @@ def measure(bench: StepBench, on_round: Any = lambda number: None) -> dict[str, 
     return _summary(bench, ours, peer)
 
 
-def _summary(bench: StepBench, ours: _Variant, peer: _Variant) -> dict[str, Any]:
+def _summary(bench: StepBench, ours: Workers, peer: Workers) -> dict[str, Any]:
     parallel = bench.config.parallel
     phases = sorted({phase for row in ours.phases for phase in row})
     return {
@@ -219,13 +158,3 @@ def _summary(bench: StepBench, ours: _Variant, peer: _Variant) -> dict[str, Any]
         "device": processor_name(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def processor_name() -> str:
-    """The processor and its cores, as Linux names them."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"

@@ -1,0 +1,84 @@
+"""Processes that stay while variants take turns: what the benches that interleave share."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import socket
+from multiprocessing.connection import Connection
+from typing import Any
+
+_PATIENCE_SECONDS = 600.0
+
+
+class Workers:
+    """Processes that do what they are told, and what was measured on them. A process serves a connection: it answers when it is
+    ready, and then each command; 0 ends it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.processes: list[Any] = []
+        self.connections: list[Connection] = []
+        self.rates: list[float] = []
+        self.cpu_seconds: list[float] = []
+        """Of all processes together, a step."""
+        self.phases: list[dict[str, float]] = []
+
+    def start(self, target: Any, *arguments: Any) -> None:
+        """One more process: target(connection, *arguments)."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+        process.start()
+        theirs.close()
+        self.processes.append(process)
+        self.connections.append(ours)
+
+    def answers(self) -> list[Any]:
+        """One answer of every process."""
+        result = []
+        for connection in self.connections:
+            if not connection.poll(_PATIENCE_SECONDS):
+                raise RuntimeError(f"{self.name}: a process gave no answer within {_PATIENCE_SECONDS:.0f} s")
+            try:
+                result.append(connection.recv())
+            except EOFError as error:
+                raise RuntimeError(f"{self.name}: a process died; its error is above") from error
+        return result
+
+    def run(self, command: Any) -> list[Any]:
+        """Give all processes a command; their answers."""
+        for connection in self.connections:
+            connection.send(command)
+        return self.answers()
+
+    def stop(self) -> None:
+        """End all processes."""
+        for connection in self.connections:
+            try:
+                connection.send(0)
+            except OSError:
+                continue
+        for process in self.processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def processor_name() -> str:
+    """The processor and its cores, as Linux names them."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
