@@ -61,7 +61,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
         "observe": {"log_interval": 1, "tensorboard": False, "peak_tflops": 1.0},
     }
     for name, values in sections.items():
-        config[name] = {**config[name], **values}
+        config[name] = {**config.get(name, {}), **values}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))
     return path
