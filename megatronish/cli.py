@@ -59,8 +59,10 @@ def check_config(
     world: Annotated[int | None, typer.Option(min=1, help="Number of ranks the run will have.")] = None,
 ) -> None:
     """Check a config, every problem at once: the fields, and how they go together with each other and with the number of ranks."""
-    loader = importlib.import_module("megatronish.config_loader")
-    typer.echo(f"{config}: ok: {_summary(loader.load_config(config, overrides or [], world_size=world), world)}")
+    resolved = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [], world_size=world)
+    for line in importlib.import_module("megatronish.constraints").warnings(resolved, world):
+        typer.echo(f"warning: {line}", err=True)
+    typer.echo(f"{config}: ok: {_summary(resolved, world)}")
 
 
 @config_app.command("schema")

@@ -101,7 +101,8 @@ class ParallelConfig(Section):
     stage_layers: tuple[PositiveInt, ...] | None = None
     """Layers of each part, pipeline x num_chunks numbers in the order of the model; balanced by cost when not given."""
     zero_stage: Literal[0, 1, 2] = 1
-    """0: every data rank keeps all optimizer state; 1: each 1/data of it; 2: of the gradients too (Rajbhandari et al. 2020)."""
+    """0: every data rank keeps all optimizer state; 1: each 1/data of it; 2: of the gradients too (Rajbhandari et al. 2020), which
+    then travel once a microbatch instead of once a step."""
     recompute: Recompute | tuple[Recompute, ...] = "none"
     """`full` keeps only each block's input for backward and runs its forward again; `selective` does so for norms, activations and
     the attention core (Korthikanti et al. 2022). A list gives one for each stage."""
@@ -165,7 +166,9 @@ class OptimConfig(Section):
     bucket_mib: PositiveFloat = 64.0
     """Size of a gradient bucket, the unit of overlapped reduction, in MiB."""
     grad_reduce_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of gradients on their way between data ranks; that of the accumulated gradients when not given."""
+    """Of gradients on their way between data ranks; that of the accumulated gradients (float32, so nothing is rounded) when not
+    given. bfloat16: what a rank has accumulated is rounded once, as are the partial sums on the way; sums over other axes come
+    before it (zero_stage 2: after it) in float32. With zero_stage 2 each microbatch travels, and is added up in float32."""
 
 
 class BatchRamp(Section):
@@ -201,7 +204,8 @@ class TrainConfig(Section):
     loss_scale_interval: PositiveInt = 1000
     """float16 only: good steps before the loss scale doubles."""
     on_not_finite: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose gradients are not finite; its update is never applied."""
+    """What to do with a step whose loss or gradients are not finite. Its update is never applied; `skip` goes on to the next step,
+    and stops after twenty in a row. In float16 gradients beyond its range are the loss scale's affair under `stop` too."""
     label_smoothing: Fraction = 0.0
     """Share of the target's probability spread evenly over the vocabulary (Szegedy et al. 2016)."""
     z_loss: NonNegativeFloat = 0.0

@@ -100,6 +100,21 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
     return [problem.message for problem in find_problems(config, world_size)]
 
 
+def warnings(config: Config, world_size: int | None = None) -> list[str]:
+    """One line for each choice that is sound but costs more than it seems."""
+    layout = Layout(config, world_size)
+    if layout.samples_at_once is None or config.parallel.zero_stage != 2 or layout.replicas == 1:
+        return []
+    microbatches = config.train.global_batch_size // layout.samples_at_once
+    if microbatches == 1:
+        return []
+    return [
+        f"parallel.zero_stage=2 reduces gradients once a microbatch: {microbatches} microbatches send {microbatches} times the "
+        f"volume of parallel.zero_stage=1"
+        + (f", and parallel.pipeline={config.parallel.pipeline} needs them" if config.parallel.pipeline > 1 else "")
+    ]
+
+
 def divisors_near(number: int, target: int, *, count: int = 4) -> str:
     """The divisors of `number` nearest to `target`, rising, in words: `1, 2 or 4`."""
     # Small ones and their partners: a mistyped size of 10^18 must not hold up its own error message.

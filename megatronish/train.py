@@ -19,6 +19,7 @@ from megatronish.comm import barrier, streams
 from megatronish.comm.groups import world_group
 from megatronish.config import Config
 from megatronish.config_loader import load_config
+from megatronish.constraints import warnings
 from megatronish.data.gpt_dataset import TokenDataset
 from megatronish.data.loader import BatchLoader
 from megatronish.data.open import describe_train
@@ -160,6 +161,8 @@ def log_facts(run: Assembly, datasets: Datasets, log: logging.Logger) -> None:
         config.num_microbatches(shape.num_ranks),
         config.train.micro_batch_size,
     )
+    for line in warnings(config, shape.num_ranks) if mesh.rank == 0 else []:
+        log.warning("%s", line)
     log.info("optimizer state of this rank: %.2f MiB in %d buckets", run.optimizer.state_bytes() / 2**20, len(run.cut.buckets))
     samples = config.batch_schedule.consumed_after(config.num_steps)
     for line in datasets.train.describe_epochs(samples).splitlines():

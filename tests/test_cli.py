@@ -66,11 +66,16 @@ def test_a_verb_passes_its_arguments_on(module: str, arguments: list[str], expec
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "lines"), [("UserError('a\\nb')", 2, ["error: a", "error: b"]), ("KeyboardInterrupt()", 130, [])]
+    ("error", "code", "lines"),
+    [
+        ("UserError('a\\nb')", 2, ["error: a", "error: b"]),
+        ("RunStopped('step 3')", 1, ["error: step 3"]),
+        ("KeyboardInterrupt()", 130, []),
+    ],
 )
 def test_errors_become_exit_codes_without_a_traceback(error: str, code: int, lines: list[str]) -> None:
     script = (
-        "import sys, types\nfrom megatronish import cli\nfrom megatronish.errors import UserError\n"
+        "import sys, types\nfrom megatronish import cli\nfrom megatronish.errors import RunStopped, UserError\n"
         f"def fail(*given):\n    raise {error}\n"
         "stand_in = types.ModuleType('megatronish.train')\nstand_in.main = fail\nsys.modules['megatronish.train'] = stand_in\n"
         "sys.argv[1:] = ['train', 'c.yaml']\ncli.main()\n"
@@ -96,6 +101,14 @@ def test_config_check_says_what_the_run_will_be(root: Path) -> None:
     assert result.returncode == 0
     for fact in ("3,072 ranks = tensor 8 x pipeline 64 x data 6", "512 microbatches"):
         assert fact in result.stdout
+    assert result.stderr == ""
+
+
+def test_config_check_warns_and_goes_on(root: Path) -> None:
+    result = megatronish("config", "check", str(root / "configs/demo_cpu.yaml"), "parallel.zero_stage=2")
+    assert result.returncode == 0 and ": ok: " in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: parallel.zero_stage=2") and "4 times the volume" in line
 
 
 def test_config_check_refuses_the_wrong_number_of_ranks_in_one_line(root: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatronish import formulas
 from megatronish.config import Config, Section
 from megatronish.config_loader import SECTIONS, load_config
-from megatronish.constraints import CONSTRAINTS, check, divisors_near, find_problems, multiples_near
+from megatronish.constraints import CONSTRAINTS, check, divisors_near, find_problems, multiples_near, warnings
 from megatronish.yaml_file import read_yaml_file
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -341,6 +341,19 @@ def test_a_sound_config_has_no_problems_with_and_without_a_world() -> None:
     config = config_with(parallel={"tensor": 2, "pipeline": 2, "sequence": True})
     assert check(config) == []
     assert check(config, 8) == []
+
+
+def test_zero_2_warns_of_what_it_sends() -> None:
+    config = config_with(parallel={"zero_stage": 2, "pipeline": 2})
+    assert check(config, 4) == []
+    (line,) = warnings(config, 4)  # 8 samples on 2 data ranks
+    assert "parallel.zero_stage=2" in line and "4 microbatches send 4 times" in line and "parallel.pipeline=2" in line
+    (line,) = warnings(config_with(parallel={"zero_stage": 2}), 2)
+    assert "4 microbatches" in line and "pipeline" not in line
+    assert warnings(config_with(parallel={"zero_stage": 2}), 8) == [], "one microbatch"
+    assert warnings(config_with(parallel={"zero_stage": 2, "pipeline": 2}), 2) == [], "one data rank"
+    assert warnings(config_with(parallel={"zero_stage": 1, "pipeline": 2}), 4) == []
+    assert warnings(config_with(parallel={"zero_stage": 2, "pipeline": 2}), None) == [], "it depends on the number of ranks"
 
 
 def test_uneven_vocabulary_and_one_data_rank_are_allowed() -> None:

@@ -115,6 +115,14 @@ class GradBuffer:
         """What this rank updates parameters by: the slice that it owns, under ZeRO 0 all of the bucket."""
         return self.flat[index] if self.zero_stage == 0 else self.owned(index)
 
+    def held_bytes(self) -> int:
+        """Bytes of accumulated gradients on this rank between steps."""
+        return sum(flat.numel() * flat.element_size() for flat in self.flat)
+
+    def scratch_bytes(self) -> int:
+        """The most that a step adds to `held_bytes`, beside what communication takes."""
+        return 0
+
     def _start_reduction(self, index: int) -> Pending:
         bucket, flat, dp = self.buckets[index], self.flat[index], self.groups["dp"]
         self._note_local(index, flat)

@@ -88,6 +88,11 @@ class ShardedGradBuffer(GradBuffer):
         """See GradBuffer."""
         return self.flat[index]
 
+    def scratch_bytes(self) -> int:
+        """See GradBuffer."""
+        largest = max(sum(self.buckets[index].num_elements for index in indices) for indices in self._groups.values())
+        return MOST_GROUPS * largest * self.flat[0].element_size()
+
     def _open(self, group: int) -> None:
         while len(self._filling) + len(self._reducing) >= MOST_GROUPS:
             if not self._reducing:  # backward has left both unfinished: what they lack will travel by itself
@@ -100,9 +105,9 @@ class ShardedGradBuffer(GradBuffer):
         self._filling[group] = _Scratch(block, flat, {p for index in indices for p in self._parameters_of[index]})
 
     def _take_block(self, size: int) -> Tensor:
-        for index, block in enumerate(self._free):
-            if block.numel() >= size:
-                return self._free.pop(index)
+        fits = [index for index in range(len(self._free)) if self._free[index].numel() >= size]
+        if fits:
+            return self._free.pop(fits[0])
         # Never more blocks than groups, each no longer than the largest group.
         del self._free[: len(self._free) + len(self._filling) + len(self._reducing) + 1 - MOST_GROUPS]
         return torch.empty(size, dtype=self.dtype, device=self.device)

@@ -1,4 +1,4 @@
-"""Optimizer state a rank, measured on the trainer's tensors, falls as 1/dp under ZeRO 1 and stays under ZeRO 0."""
+"""Optimizer state a rank, measured on the trainer's tensors, falls as 1/dp under ZeRO 1 and 2 and stays under ZeRO 0."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_state_falls_as_one_over_dp_under_zero_1_and_stays_under_zero_0(dtype: s
     # At most every parameter in a bucket of its own, each padded on its start and to dp x ALIGNMENT at its end.
     for (zero_stage, dp), row in rows.items():
         padding = num_tensors * (dp + 1) * ALIGNMENT * size * copies
-        share = dp if zero_stage == 1 else 1
+        share = dp if zero_stage > 0 else 1
         assert row["num_ranks"] == tp * pp * dp
         assert abs(row["max_bytes"] - rows[zero_stage, 1]["max_bytes"] / share) <= padding / share
         if (tp, pp) == (1, 1):
@@ -45,6 +45,11 @@ def test_state_falls_as_one_over_dp_under_zero_1_and_stays_under_zero_0(dtype: s
             assert 0 <= row["max_bytes"] - row["ideal_bytes"] <= padding / share
     assert rows[1, 1]["total_bytes"] == rows[0, 1]["total_bytes"]
     assert rows[1, 4]["max_bytes"] < 0.3 * rows[0, 4]["max_bytes"]
+    # Gradients: whole under ZeRO 0 and 1; under 2 a share, and two groups of about bucket_mib and a layer's largest matrix each.
+    whole, two_groups = rows[1, 4]["max_gradient_bytes"], 2 * (config.optim.bucket_mib * 2**20 + 64 * 105 * size)
+    assert whole == rows[0, 4]["max_gradient_bytes"]
+    assert rows[2, 4]["max_gradient_bytes"] <= whole / 4 + two_groups + padding
+    assert rows[2, 1]["max_gradient_bytes"] == rows[1, 1]["max_gradient_bytes"], "one data rank needs no scratch"
 
 
 def state_bytes(rank: int, config: Config, world_size: int) -> int:
@@ -60,7 +65,7 @@ def state_bytes(rank: int, config: Config, world_size: int) -> int:
     return run.optimizer.state_bytes()
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_the_table_is_what_real_ranks_hold(zero_stage: int) -> None:
     config = config_of("float32", 2, 1, zero_stage, dp=2)
     measured = ranks(4).run(state_bytes, config, 4)
@@ -71,6 +76,6 @@ def test_the_table_is_what_real_ranks_hold(zero_stage: int) -> None:
 def test_the_printed_table_names_every_row() -> None:
     rows: list[dict[str, Any]] = optimizer_state_table(config_of("float32", 1, 1), [1, 2])
     table = render(rows)
-    assert table.row_count == len(rows) == 4
-    assert list(table.columns[1].cells) == ["1", "2", "1", "2"]
-    assert list(table.columns[-1].cells)[:3] == ["1.000", "1.000", "1.000"]
+    assert table.row_count == len(rows) == 6
+    assert list(table.columns[1].cells) == ["1", "2"] * 3
+    assert list(table.columns[-2].cells)[:3] == ["1.000", "1.000", "1.000"]
