@@ -121,7 +121,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "megatronish._cpu",
-            ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("adamw", "bpe", "gather", "order"))],
+            ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("adamw", "bpe", "dropout", "gather", "order"))],
             define_macros=[("MEGATRONISH_CPU", "1")],
             depends=["csrc/cpu/bpe.h", "csrc/cpu/cpu.h"],
             extra_compile_args=cpu_flags,

@@ -75,6 +75,13 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("weights"), py::arg("num_sources"), py::arg("size"), py::arg("source"), py::arg("number"),
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "keep_bits",
+      [](Address samples, int64_t num_samples, int64_t start, int64_t count, int64_t key, int64_t threshold, Address out, int threads) {
+        keep_bits(at<const int64_t>(samples), num_samples, start, count, key, threshold, at<uint8_t>(out), threads);
+      },
+      py::arg("samples"), py::arg("num_samples"), py::arg("start"), py::arg("count"), py::arg("key"), py::arg("threshold"),
+      py::arg("out"), py::kw_only(), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   py::class_<BpeEncoder>(m, "BpeEncoder")
       .def(py::init([](Address classes, Address byte_ids, Address merges, int64_t num_merges) {
              return new BpeEncoder(at<const uint8_t>(classes), at<const int32_t>(byte_ids), at<const int32_t>(merges), num_merges);

@@ -14,7 +14,7 @@ from types import ModuleType
 INTERFACE = 2
 """The number in csrc/bindings.cpp: an editable installation may hold a module that was built from older sources."""
 
-OPERATIONS = {"cpu": "AdamW, gathering and ordering of samples, BPE", "cuda": "AdamW"}
+OPERATIONS = {"cpu": "AdamW, gathering and ordering of samples, BPE, dropout", "cuda": "AdamW"}
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:

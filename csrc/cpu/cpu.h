@@ -49,6 +49,11 @@ void megatron_sample_index(const int32_t* lengths, int64_t num_lengths, const in
 // Source and number within it of each of `size` samples: always the source that is furthest behind its weight.
 void megatron_blend_index(const double* weights, int64_t num_sources, int64_t size, int16_t* source, int64_t* number);
 
+// out[b * count + i] = 1 where element start + i of sample samples[b] is kept: its Philox word under `key` is at least `threshold`
+// (0 to 2^32). Element e is word e % 4 of the block at counter (e / 4, sample number).
+void keep_bits(const int64_t* samples, int64_t num_samples, int64_t start, int64_t count, int64_t key, int64_t threshold, uint8_t* out,
+               int threads);
+
 // Calls work(start, stop) on parts of [0, n), each of at least `smallest` elements, on up to `threads` threads.
 inline void parallel_for(int64_t n, int64_t smallest, int threads, const std::function<void(int64_t, int64_t)>& work) {
   int64_t parts = threads < 1 ? 1 : threads;

@@ -11,8 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.comm.random import keep_bits, philox
+from megatronish import native
+from megatronish.comm import random
 from megatronish.kernels.registry import register
+
+
+def keep_bits(samples_B: Tensor, *, start: int, count: int, key: int, rate: float) -> Tensor:
+    """`comm.random.keep_bits`, native where built, on CPU."""
+    function = getattr(native.cpu, "keep_bits", None)
+    if function is None or samples_B.device.type != "cpu":
+        return random.keep_bits(samples_B, start=start, count=count, key=key, rate=rate)
+    samples_B = samples_B.contiguous()
+    keep = torch.empty(len(samples_B), count, dtype=torch.bool)
+    numbers = (start, count, key, round(rate * 2.0**32))
+    function(samples_B.data_ptr(), len(samples_B), *numbers, keep.data_ptr(), threads=torch.get_num_threads())
+    return keep
 
 
 def reference(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int, rate: float) -> Tensor:
@@ -21,7 +34,7 @@ def reference(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int
     row = by_sample[0, 0].numel()
     element = torch.arange(by_sample[0].numel(), device=x.device) + first * row
     element_BN = element.expand(len(samples_B), -1)
-    words = torch.stack(philox(element_BN // 4, key, samples_B[:, None].expand_as(element_BN)))
+    words = torch.stack(random.philox(element_BN // 4, key, samples_B[:, None].expand_as(element_BN)))
     word_BN = words.gather(0, (element_BN % 4)[None]).squeeze(0)
     keep = (word_BN >= round(rate * 2.0**32)).view(by_sample.shape).movedim(0, batch_dim)
     return torch.where(keep, x * (1.0 / (1.0 - rate)), torch.zeros_like(x))

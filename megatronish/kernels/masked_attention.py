@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.comm.random import keep_bits
 from megatronish.kernels import dropout
 from megatronish.kernels.registry import accumulate_dtype, register
 
@@ -95,10 +94,10 @@ def _kept(part: _Part, samples_B: Tensor, S: int, first_head: int, drop_key: int
     sample, rows = samples_B[part.sample : part.sample + 1], part.end - part.begin
     heads = range(first_head + part.heads.start, first_head + part.heads.stop)
     if rows == S:
-        whole = keep_bits(sample, start=heads.start * S * S, count=len(heads) * S * S, key=drop_key, rate=rate)
+        whole = dropout.keep_bits(sample, start=heads.start * S * S, count=len(heads) * S * S, key=drop_key, rate=rate)
         return whole.view(len(heads), S, S)
     starts = [(head * S + part.begin) * S for head in heads]
-    bits = [keep_bits(sample, start=start, count=rows * S, key=drop_key, rate=rate).view(rows, S) for start in starts]
+    bits = [dropout.keep_bits(sample, start=start, count=rows * S, key=drop_key, rate=rate).view(rows, S) for start in starts]
     return torch.stack(bits)[..., : part.end]
 
 

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatronish.comm.random import keep_bits, stream_key
-from megatronish.kernels.dropout import dropout
+from megatronish import native
+from megatronish.comm import random
+from megatronish.comm.random import stream_key
+from megatronish.kernels.dropout import dropout, keep_bits
 
 KEY = stream_key(7, "dropout", "layers.3.mlp_dropout")
 
@@ -44,6 +46,30 @@ def test_a_draw_larger_than_a_chunk_equals_its_parts() -> None:
     whole = keep_bits(samples, start=0, count=count, key=KEY, rate=0.5)
     parts = [keep_bits(samples, start=a, count=b - a, key=KEY, rate=0.5) for a, b in pairwise([0, 1, 65_537, 131_074, count])]
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.skipif(not hasattr(native.cpu, "keep_bits"), reason="native module not built")
+@given(
+    samples=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=3),
+    start=st.integers(0, 2**40),
+    count=st.integers(1, 200),
+    key=st.integers(-(2**63), 2**63 - 1),
+    rate=st.sampled_from([0.0, 1e-9, 0.1, 0.5, 1 - 1e-12]),
+)
+def test_native_bits_equal_those_of_torch(samples: list[int], start: int, count: int, key: int, rate: float) -> None:
+    numbers = {"start": start, "count": count, "key": key, "rate": rate}
+    assert torch.equal(keep_bits(torch.tensor(samples), **numbers), random.keep_bits(torch.tensor(samples), **numbers))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    samples, before = torch.tensor([3, 2**33]), torch.get_num_threads()
+    expected = random.keep_bits(samples, start=7, count=300_001, key=KEY, rate=0.2)
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(keep_bits(samples, start=7, count=300_001, key=KEY, rate=0.2), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.5, 0.97])
