@@ -6,8 +6,10 @@ model of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -33,7 +35,7 @@ from megatronish.parallel.recompute import recompute_blocks, recompute_selective
 from megatronish.parallel.tensor import TensorParallel, apply_plan, make_param_layout
 from megatronish.pipeline.lower import Step, lower
 from megatronish.pipeline.runtime import ActivationSpec, PipelineRuntime
-from megatronish.pipeline.schedules import SCHEDULES, Action, Forward, actions_of_all_stages
+from megatronish.pipeline.schedules import Forward, actions_of_all_stages
 from megatronish.pipeline.split import split_layers
 from megatronish.pipeline.stage import Stage
 from megatronish.trainer import BatchSource, Trainer
@@ -56,13 +58,25 @@ def reduce_dtype(config: Config) -> torch.dtype:
     return main_dtype(config) if config.optim.grad_reduce_dtype is None else DTYPES[config.optim.grad_reduce_dtype]
 
 
-def split_model(config: Config) -> list[range]:
-    """The layers of each stage, balanced by FLOPs with the output projection counted."""
+def split_model(config: Config) -> list[list[range]]:
+    """The layers of each stage, chunk by chunk: as `parallel.stage_layers` says, or balanced by FLOPs with the output projection
+    counted. Part i goes to stage i % pipeline."""
+    num_stages, num_parts = config.parallel.pipeline, config.parallel.pipeline * config.parallel.num_chunks
+    parts = _given_parts(config) or _balanced_parts(config, num_parts)
+    return [parts[stage::num_stages] for stage in range(num_stages)]
+
+
+def _given_parts(config: Config) -> list[range]:
+    ends = list(accumulate(config.parallel.stage_layers or ()))
+    return [range(start, end) for start, end in pairwise([0, *ends])]
+
+
+def _balanced_parts(config: Config, num_parts: int) -> list[range]:
     model = config.model
     head = 6.0 * model.padded_vocab_size * model.hidden_size
     layer = (formulas.flops_per_token(model, config.data.sequence_length) - head) / model.num_layers
     # Looking up an embedding is no product: it costs next to nothing.
-    return split_layers(model.num_layers, config.parallel.pipeline, layer_cost=layer, embedding_cost=0.0, head_cost=head)
+    return split_layers(model.num_layers, num_parts, layer_cost=layer, embedding_cost=0.0, head_cost=head)
 
 
 def plain_stages(config: Config) -> list[nn.Module]:
@@ -71,11 +85,11 @@ def plain_stages(config: Config) -> list[nn.Module]:
     return [
         architecture.module(
             config.model,
-            chunks=[layers],
+            chunks=chunks,
             dtype=DTYPES[config.train.dtype],
             device="meta",
         )
-        for layers in split_model(config)
+        for chunks in split_model(config)
     ]
 
 
@@ -159,22 +173,52 @@ def build_pipeline(config: Config, mesh: Mesh, model: nn.Module) -> PipelineRunt
     """The runtime of this rank's stage."""
     terms = LossTerms(label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
     loss = MaskedLossSum(config.model.vocab_size, config.model.padded_vocab_size, mesh.groups["tp"], terms)
-    stage = Stage(model, is_first=mesh.is_first_stage, is_last=mesh.is_last_stage, loss_function=loss)
+    stage = Stage(
+        model,
+        stage=mesh.index("pp"),
+        num_stages=mesh.size("pp"),
+        num_chunks=config.parallel.num_chunks,
+        loss_function=loss,
+    )
     S = config.data.sequence_length // (mesh.size("tp") if config.parallel.sequence else 1)
     shape = (S, config.train.micro_batch_size, config.model.hidden_size)
     activation = ActivationSpec(shape, DTYPES[config.train.dtype], mesh.device)
     return PipelineRuntime(stage, group=mesh.groups["pp"], activation=activation, device_kind=mesh.device_kind)
 
 
-def training_steps(mesh: Mesh, num_microbatches: int) -> list[Step]:
+def training_steps(config: Config, mesh: Mesh, num_microbatches: int) -> list[Step]:
     """This stage's lowered schedule."""
-    return lower(actions_of_all_stages(SCHEDULES["1f1b"], mesh.size("pp"), num_microbatches), mesh.index("pp"))
+    parallel = config.parallel
+    actions = actions_of_all_stages(parallel.schedule, mesh.size("pp"), num_microbatches, num_chunks=parallel.num_chunks)
+    return lower(actions, mesh.index("pp"))
 
 
 def evaluation_steps(config: Config, mesh: Mesh) -> list[Step]:
-    """Forwards only, lowered."""
-    forwards: list[Action] = [Forward(i) for i in range(config.num_microbatches(mesh.shape.num_ranks))]
-    return lower([forwards] * mesh.size("pp"), mesh.index("pp"))
+    """The forwards of the training step, lowered."""
+    m, parallel = config.num_microbatches(mesh.shape.num_ranks), config.parallel
+    actions_by_stage = actions_of_all_stages(parallel.schedule, mesh.size("pp"), m, num_chunks=parallel.num_chunks)
+    forwards = [[action for action in actions if isinstance(action, Forward)] for actions in actions_by_stage]
+    return lower(forwards, mesh.index("pp"))
+
+
+def parameters_by_chunk(model: nn.Module, chunks: Sequence[range]) -> list[list[nn.Parameter]]:
+    """The parameters that each chunk of a stage uses. What a model defines before its layers runs before the first of them, what it
+    defines after them runs after the last; a stage that has only the last has what is before them too, tied."""
+    first = min(range(len(chunks)), key=lambda chunk: chunks[chunk].start)
+    last = max(range(len(chunks)), key=lambda chunk: chunks[chunk].stop)
+    if chunks[first].start > 0:
+        first = last
+    result: list[list[nn.Parameter]] = [[] for _ in chunks]
+    outside = first
+    for name, child in model.named_children():
+        if name != "layers":
+            result[outside] += child.parameters()
+            continue
+        outside = last
+        for layer, block in child.named_children():
+            (chunk,) = (chunk for chunk, layers in enumerate(chunks) if int(layer) in layers)
+            result[chunk] += block.parameters()
+    return result
 
 
 @dataclass
@@ -210,7 +254,7 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
         batches=batches,
         pipeline=build_pipeline(config, mesh, cut.model),
         # Lowered when first asked for: a ramp of the batch size has several.
-        train_steps=cache(partial(training_steps, mesh)),
+        train_steps=cache(partial(training_steps, config, mesh)),
         evaluation_steps=evaluation_steps(config, mesh),
         grads=grads,
         optimizer=optimizer,
@@ -221,6 +265,7 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
             backward_order=backward_order(cut.layout, mesh.index("pp")),
         ),
         clock=PhaseClock(mesh.device),
+        chunk_parameters=parameters_by_chunk(cut.model, split_model(config)[mesh.index("pp")]),
     )
     return Assembly(config, mesh, cut, optimizer, trainer)
 

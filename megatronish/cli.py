@@ -209,7 +209,8 @@ def _summary(config: Config, world: int | None) -> str:
     if world is None:
         return ", ".join([f"{layout} any", *facts])
     microbatches = config.num_microbatches(world)
-    idle = formulas.pipeline_idle_fraction(parallel.pipeline, microbatches)
+    timeline = importlib.import_module("megatronish.pipeline.timeline")
+    idle = timeline.idle_of(parallel.schedule, parallel.pipeline, microbatches, num_chunks=parallel.num_chunks)
     facts.append(f"{microbatches} microbatches, {idle:.1%} idle in the pipeline")
     return ", ".join([f"{world:,} ranks = {layout} {config.data_parallel_size(world)}", *facts])
 

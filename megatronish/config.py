@@ -95,7 +95,8 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Sequence parallelism: activations between blocks are cut over the tensor ranks (Korthikanti et al. 2022)."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    """Order of forwards and backwards in the pipeline (Narayanan et al. 2021). `interleaved` needs num_chunks of 2 or more."""
+    """Order of forwards and backwards in the pipeline (Narayanan et al. 2021). `interleaved` needs num_chunks of 2 or more, and
+    idles least where `pipeline` divides the number of microbatches."""
     num_chunks: PositiveInt = 1
     """Model chunks of one stage: the layers are cut into pipeline x num_chunks parts, dealt out round-robin."""
     stage_layers: tuple[PositiveInt, ...] | None = None

@@ -173,8 +173,19 @@ def _tensor_advice(c: Layout) -> str:
     return f", or {key} to {multiples_near(c.parallel.tensor, size)}{also}"
 
 
+def _num_parts(c: Layout) -> int:
+    return c.parallel.pipeline * c.parallel.num_chunks
+
+
+def _parts(c: Layout) -> str:
+    """What the layers are cut into, in words."""
+    if c.parallel.num_chunks == 1:
+        return f"parallel.pipeline={c.parallel.pipeline}"
+    return f"parallel.pipeline={c.parallel.pipeline} x parallel.num_chunks={c.parallel.num_chunks}"
+
+
 def _layers_suffice(c: Layout) -> bool:
-    return c.model.num_layers >= c.parallel.pipeline
+    return c.model.num_layers >= _num_parts(c)
 
 
 def _batch_divides(c: Layout) -> bool:
@@ -250,12 +261,49 @@ TENSOR = (
 
 RANKS = (
     Constraint(
-        name="model.num_layers >= parallel.pipeline",
-        keys=("parallel.pipeline", "model.num_layers"),
+        name="model.num_layers >= parallel.pipeline x parallel.num_chunks",
+        keys=("parallel.pipeline", "parallel.num_chunks", "model.num_layers"),
         holds=_layers_suffice,
         message=lambda c: (
             f"parallel.pipeline={c.parallel.pipeline} stages for model.num_layers={c.model.num_layers}: a stage needs a "
             f"layer; set parallel.pipeline to at most {c.model.num_layers}"
+            if c.parallel.num_chunks == 1
+            else f"{_parts(c)} is {_num_parts(c)} parts for model.num_layers={c.model.num_layers}: a part needs a layer; set "
+            f"parallel.pipeline x parallel.num_chunks to at most {c.model.num_layers}"
+        ),
+    ),
+    Constraint(
+        name="parallel.schedule=interleaved and parallel.num_chunks > 1",
+        keys=("parallel.schedule", "parallel.num_chunks"),
+        holds=lambda c: (c.parallel.schedule == "interleaved") == (c.parallel.num_chunks > 1),
+        message=lambda c: (
+            f"parallel.schedule=interleaved with parallel.num_chunks={c.parallel.num_chunks}: there is nothing to interleave; set "
+            f"parallel.num_chunks to 2 or more, or parallel.schedule to 1f1b"
+            if c.parallel.schedule == "interleaved"
+            else f"parallel.num_chunks={c.parallel.num_chunks} with parallel.schedule={c.parallel.schedule}, which has one chunk a "
+            f"stage; set parallel.schedule to interleaved, or parallel.num_chunks to 1"
+        ),
+    ),
+    Constraint(
+        name="parallel.stage_layers has a number for each part",
+        keys=("parallel.stage_layers", "parallel.pipeline", "parallel.num_chunks"),
+        applies=lambda c: c.parallel.stage_layers is not None,
+        holds=lambda c: len(c.parallel.stage_layers or ()) == _num_parts(c),
+        message=lambda c: (
+            f"parallel.stage_layers has {len(c.parallel.stage_layers or ())} numbers for {_parts(c)}; give {_num_parts(c)}, "
+            f"or leave it out"
+        ),
+    ),
+    Constraint(
+        name="parallel.stage_layers adds up to model.num_layers",
+        keys=("parallel.stage_layers", "model.num_layers"),
+        applies=lambda c: (
+            _layers_suffice(c) and c.parallel.stage_layers is not None and len(c.parallel.stage_layers) == _num_parts(c)
+        ),
+        holds=lambda c: sum(c.parallel.stage_layers or ()) == c.model.num_layers,
+        message=lambda c: (
+            f"parallel.stage_layers adds up to {sum(c.parallel.stage_layers or ())}, but model.num_layers={c.model.num_layers}; "
+            f"change one of its numbers by {abs(c.model.num_layers - sum(c.parallel.stage_layers or ()))}, or leave it out"
         ),
     ),
     Constraint(

@@ -151,7 +151,9 @@ def prepare(request: Request, world_size: int) -> tuple[Config, GPTDataset, Text
 def evaluation_config(config_file: Path, overrides: tuple[str, ...], world_size: int) -> Config:
     """The run's config on this job's ranks: all of them replicas, unless `overrides` say otherwise."""
     given = {key.strip(): value.strip() for key, _, value in (override.partition("=") for override in overrides)}
-    merged = [f"parallel.{setting}" for setting in ("tensor=1", "pipeline=1", "data=null", "sequence=false", "recompute=none")]
+    layout = {"tensor": "1", "pipeline": "1", "data": "null", "sequence": "false", "recompute": "none"}
+    layout |= {"schedule": "1f1b", "num_chunks": "1", "stage_layers": "null"}
+    merged = [f"parallel.{key}={value}" for key, value in layout.items()]
     merged.append("train.batch_ramp=null")
     if "train.global_batch_size" not in given:
         micro = given.get("train.micro_batch_size", "")

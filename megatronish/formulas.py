@@ -79,9 +79,23 @@ def pipeline_bubble(num_stages: int, num_microbatches: int, *, num_chunks: int =
     return (num_stages - 1) / (num_microbatches * num_chunks)
 
 
-def pipeline_idle_fraction(num_stages: int, num_microbatches: int) -> float:
-    """Share of the step that a stage idles under 1F1B, (p - 1) / (m + p - 1)."""
-    return (num_stages - 1) / (num_microbatches + num_stages - 1)
+def pipeline_idle_fraction(num_stages: int, num_microbatches: int, *, num_chunks: int = 1) -> float:
+    """Share of the step that a stage idles under GPipe, 1F1B and interleaved 1F1B, (p - 1) / (m v + p - 1): the same bubble over
+    the whole step. Interleaved it holds where p divides m."""
+    return (num_stages - 1) / (num_microbatches * num_chunks + num_stages - 1)
+
+
+def pipeline_peak_in_flight(
+    schedule: Literal["1f1b", "gpipe", "interleaved"], *, stage: int, num_stages: int, num_microbatches: int, num_chunks: int = 1
+) -> int:
+    """How many (microbatch, chunk) a stage keeps activations of at once; each is 1 / (p v) of the layers.
+
+    GPipe keeps all, m. 1F1B keeps as many as there are stages from this one on, min(m, p - s). Interleaved it is
+    min(m v, p v + p - 1 - 2 s), (1 + (p - 1) / (p v)) of the model's layers on the first stage: Korthikanti et al. 2022, section
+    4.2.3. Interleaved it is a bound, reached where p divides m."""
+    p, m, v, s = num_stages, num_microbatches, num_chunks, stage
+    bounds = {"gpipe": m, "1f1b": p - s, "interleaved": p * v + p - 1 - 2 * s}
+    return min(m * v, bounds[schedule])
 
 
 def activation_bytes_per_layer(

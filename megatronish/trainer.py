@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatronish.batch import Batch
 from megatronish.comm import all_reduce
@@ -58,6 +58,8 @@ class Trainer:
     optimizer: ZeroAdamW
     guard: StepGuard
     clock: PhaseClock
+    chunk_parameters: list[list[nn.Parameter]]
+    """What a backward of each chunk of this stage gives gradients to."""
 
     def fit(self, first_step: int, last_step: int) -> Iterator[StepResult]:
         """Train steps first_step .. last_step (the first of a run is 1), yielding after each."""
@@ -95,9 +97,13 @@ class Trainer:
             self.train_steps(len(microbatches)),
             microbatches,
             loss_gradient=self.guard.loss_scale / num_targets,
-            before_last_backward=self.grads.begin_last_backward,
+            before_backward=self._before_backward,
             on_loss=self.guard.note_loss,
         )
+
+    def _before_backward(self, chunk: int, is_last: bool) -> None:
+        if is_last:
+            self.grads.begin_last_backward(self.chunk_parameters[chunk])
 
     def join_scalars(self, local_loss: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, gradient norm) of the whole job from each rank's share, in one all-reduce of two numbers. The norm is without the

@@ -201,6 +201,7 @@ def test_pipeline_bubbles() -> None:
     assert formulas.pipeline_bubble(64, 512) == pytest.approx(0.123, abs=1e-3)  # Narayanan's 1T run
     assert formulas.pipeline_bubble(4, 28, num_chunks=3) == pytest.approx(0.0357, abs=1e-4)  # its 76B run, interleaved
     assert formulas.pipeline_idle_fraction(4, 12) == pytest.approx(3 / 15)
+    assert formulas.pipeline_idle_fraction(4, 12, num_chunks=3) == pytest.approx(3 / 39)
     assert formulas.pipeline_bubble(1, 7) == formulas.pipeline_idle_fraction(1, 7) == 0
 
 
@@ -250,7 +251,26 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         ("data.sequence_length=32", "model.max_positions=31"),
     ),
     "parallel.tensor divides what it cuts": ({"parallel": {"tensor": 16}}, None, ("16", "num_heads=8", "1, 2, 4 or 8")),
-    "model.num_layers >= parallel.pipeline": ({"parallel": {"pipeline": 5}}, None, ("5", "4")),
+    "model.num_layers >= parallel.pipeline x parallel.num_chunks": (
+        {"parallel": {"pipeline": 2, "schedule": "interleaved", "num_chunks": 3}},
+        None,
+        ("pipeline=2", "num_chunks=3", "6 parts", "num_layers=4"),
+    ),
+    "parallel.schedule=interleaved and parallel.num_chunks > 1": (
+        {"parallel": {"pipeline": 2, "num_chunks": 2}},
+        None,
+        ("num_chunks=2", "schedule=1f1b", "to interleaved"),
+    ),
+    "parallel.stage_layers has a number for each part": (
+        {"parallel": {"pipeline": 2, "schedule": "interleaved", "num_chunks": 2, "stage_layers": (2, 2)}},
+        None,
+        ("2 numbers", "pipeline=2", "num_chunks=2", "give 4"),
+    ),
+    "parallel.stage_layers adds up to model.num_layers": (
+        {"parallel": {"pipeline": 2, "stage_layers": (1, 2)}},
+        None,
+        ("adds up to 3", "num_layers=4", "by 1"),
+    ),
     "world = tensor x pipeline x data": ({"parallel": {"tensor": 2, "data": 4}}, 4, ("8", "4", "parallel.data to 2")),
     "world % (tensor x pipeline)": ({"parallel": {"tensor": 4}}, 6, ("6", "4", "8")),
     "train.global_batch_size % (train.micro_batch_size x data)": ({"parallel": {"data": 3}}, None, ("8", "3", "6 or 9")),

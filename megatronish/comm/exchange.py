@@ -48,5 +48,6 @@ def start_exchange(
     operations = [dist.P2POp(dist.irecv, t, peer, group.handle) for t, _ in receives]
     operations += [dist.P2POp(dist.isend, t, peer, group.handle) for t, _ in sends]
     works = dist.batch_isend_irecv(operations)
-    # One coalesced work stands for the whole batch: hold the sent tensors until it is done.
-    return PendingExchange([(works[-1], t) for t, _ in sends], list(works))
+    # One coalesced work stands for the whole batch: hold the sent tensors until it is done. What follows on this device need not
+    # wait for a batch that only sends: it computes on until the peer comes to it.
+    return PendingExchange([(works[-1], t) for t, _ in sends], list(works) if receives else [])

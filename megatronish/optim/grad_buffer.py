@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -68,7 +68,10 @@ class GradBuffer:
             for slot, parameter in zip(bucket.slots, self._parameters_of[index], strict=True):
                 self._view_of[parameter] = flat[slot.start : slot.stop].view(slot.local_box.sizes)
                 self._bucket_of[parameter] = index
-        self._missing: list[set[nn.Parameter]] | None = None
+        self._final: set[nn.Parameter] = set()
+        """Parameters whose next contribution is their last of the step."""
+        self._missing = [set(parameters) for parameters in self._parameters_of]
+        """By bucket, those that have not had it."""
         self._next = 0
         self._pending: list[Pending] = []
 
@@ -82,14 +85,14 @@ class GradBuffer:
         for flat in self.flat:
             flat.zero_()
 
-    def begin_last_backward(self) -> None:
-        """From now on each parameter gets its last contribution of the step: reduce every bucket once it is complete."""
-        self._missing = [set(parameters) for parameters in self._parameters_of]
-        self._next = 0
+    def begin_last_backward(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """From now on each of `parameters` (all, when not given) gets its last contribution of the step: reduce every bucket once
+        all of its parameters have had theirs."""
+        self._final.update(self._view_of if parameters is None else parameters)
 
     def contributed(self, parameter: nn.Parameter) -> None:
         """`view(parameter)` has this microbatch's gradient added."""
-        if self._missing is None:
+        if parameter not in self._final:
             return
         self._missing[self._bucket_of[parameter]].discard(parameter)
         # A tied bucket is owed more than one contribution of a microbatch, here or on another stage: `finish` reduces it.
@@ -104,7 +107,8 @@ class GradBuffer:
             self._next += 1
         for pending in self._pending:
             pending.wait()
-        self._pending, self._missing = [], None
+        self._final, self._pending, self._next = set(), [], 0
+        self._missing = [set(parameters) for parameters in self._parameters_of]
 
     def owned(self, index: int) -> Tensor:
         """This data rank's slice of bucket `index`, reduced once `finish` has returned."""

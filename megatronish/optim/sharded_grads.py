@@ -7,7 +7,7 @@ holds never exceeds its slices and twice the largest group. The price: gradients
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -64,7 +64,7 @@ class ShardedGradBuffer(GradBuffer):
         slot = self.buckets[index].slots[position]
         return self._filling[group].flat[index][slot.start : slot.stop].view(slot.local_box.sizes)
 
-    def begin_last_backward(self) -> None:
+    def begin_last_backward(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Nothing: each microbatch's gradients are reduced."""
 
     def contributed(self, parameter: nn.Parameter) -> None:

@@ -1,52 +1,55 @@
 """Add communication to a schedule: actions -> actions and exchanges, the list that the runtime executes strictly in order.
 
-Between two actions of a stage lies a gap with at most one send (what the action before made) and one receive (what the action after
-needs). Two messages of a gap with one neighbour become one Exchange if the neighbour has the same two in one gap of its own. The
-stage's own list cannot tell: with two stages and two microbatches, stage 0 runs F0 F1 B0 B1 under 1F1B and when all forwards come
-first, but only under 1F1B does stage 1 send gradient 0 next to receiving activation 1. Merging on one side alone would wait for
-ever, as would sending before receiving on both sides when sends block. So `lower` reads the lists of the neighbours too.
+All exchanges of a step get one global order, that of the timeline in which every message leaves as soon as it is made, and each
+stage does its own in that order. So stages never wait for each other in a circle, whatever the schedule: of all that is not done
+yet, what is first in the global order can be done. Messages that two stages have for each other at one time become one Exchange.
+
+A stage's own list cannot tell where its exchanges belong. With two stages and two microbatches stage 0 runs F0 F1 B0 B1 under 1F1B
+and when all forwards come first, but only under 1F1B does stage 1 have gradient 0 ready when activation 1 is; with interleaving the
+last stage also sends to the first. So `lower` reads the lists of all stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from megatronish.pipeline.schedules import Action, Backward, Forward
+from megatronish.pipeline.schedules import Action, Backward, Forward, count_chunks
+from megatronish.pipeline.timeline import part_of, timeline
 
-MAX_CHUNKS = 64
-MAX_MICROBATCHES = 2**24
+MAX_PARTS = 2**11
+MAX_MICROBATCHES = 2**19
 """Together they keep a tag below 2**31: gloo takes a non-negative 32-bit integer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One tensor on its way between neighbouring stages: an activation to the next, a gradient to the one before.
+    """One tensor on its way between stages: an activation to the part that follows, a gradient to the part before.
 
-    `chunk` is that of the action which made it.
+    `part` is that of the action which made it (`timeline.part_of`); with one chunk a stage it is the stage.
     """
 
     kind: Literal["activation", "gradient"]
     microbatch: int
-    chunk: int = 0
+    part: int
 
     @property
     def tag(self) -> int:
-        """A number below 2**31, unique for (kind, chunk, microbatch) within a step."""
-        assert self.microbatch < MAX_MICROBATCHES and self.chunk < MAX_CHUNKS, self
-        return (self.microbatch * MAX_CHUNKS + self.chunk) * 2 + (self.kind == "gradient")
+        """A number below 2**31, unique for (kind, part, microbatch) within a step."""
+        assert self.microbatch < MAX_MICROBATCHES and self.part < MAX_PARTS, self
+        return (self.microbatch * MAX_PARTS + self.part) * 2 + (self.kind == "gradient")
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.microbatch}"
+        return f"{self.kind} {self.microbatch} of part {self.part}"
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Send and receive with one neighbour as one operation: it ends when all its messages have arrived.
+    """Send and receive with one stage as one operation.
 
-    A runtime posts all of it before it waits for any of it (`batch_isend_irecv`).
+    A runtime posts all of it at once (`batch_isend_irecv`), in its place in the list.
     """
 
     peer_stage: int
@@ -62,83 +65,81 @@ class Exchange:
 Step = Forward | Backward | Exchange
 
 
-def lower(actions_by_stage: Sequence[Sequence[Action]], stage: int) -> list[Step]:
-    """The steps of `stage`. In a gap with two neighbours the send comes first, so that nobody waits for a tensor that is ready.
+def output_of(action: Action, part: int, num_parts: int) -> Message | None:
+    """What an action makes for another part: None for the last part's forward and the first part's backward."""
+    if isinstance(action, Forward):
+        return Message("activation", action.microbatch, part) if part < num_parts - 1 else None
+    return Message("gradient", action.microbatch, part) if part > 0 else None
 
-    `actions_by_stage` are the actions of every stage (`schedules.actions_of_all_stages`); only those of `stage` and its neighbours
-    are read. The first stage receives no activation and sends no gradient, the last sends no activation and receives no gradient.
-    The result is sound only if `prove.prove` says so.
+
+def needed_by(action: Action, part: int, num_parts: int) -> Message | None:
+    """What an action needs of another part: None for the first part's forward and the last part's backward."""
+    if isinstance(action, Forward):
+        return Message("activation", action.microbatch, part - 1) if part > 0 else None
+    return Message("gradient", action.microbatch, part + 1) if part < num_parts - 1 else None
+
+
+def destination(message: Message) -> int:
+    """The part that needs the message."""
+    return message.part + (1 if message.kind == "activation" else -1)
+
+
+def lower(actions_by_stage: Sequence[Sequence[Action]], stage: int) -> list[Step]:
+    """The steps of `stage`, from the actions of every stage (`schedules.actions_of_all_stages`).
+
+    What a stage makes for another of its own parts (one stage alone, with chunks) stays and is in no exchange. ValueError if the
+    actions wait for each other for ever.
     """
-    num_stages = len(actions_by_stage)
-    nearby = range(max(stage - 1, 0), min(stage + 2, num_stages))
-    return _lower({near: _gaps(actions_by_stage[near], near, num_stages) for near in nearby}, stage)
+    return _lower(_Traffic(actions_by_stage), stage)
 
 
 def lower_all_stages(actions_by_stage: Sequence[Sequence[Action]]) -> list[list[Step]]:
     """`lower` for every stage: what `prove.prove` takes."""
-    gaps_by_stage = {stage: _gaps(actions, stage, len(actions_by_stage)) for stage, actions in enumerate(actions_by_stage)}
-    return [_lower(gaps_by_stage, stage) for stage in gaps_by_stage]
+    traffic = _Traffic(actions_by_stage)
+    return [_lower(traffic, stage) for stage in range(len(actions_by_stage))]
 
 
-def _lower(gaps_by_stage: Mapping[int, list[_Gap]], stage: int) -> list[Step]:
-    """`gaps_by_stage` holds at least `stage` and its neighbours."""
-    agreed = {
-        (peer, received, sent)
-        for peer in (stage - 1, stage + 1)
-        for other, sent, received in (gap.meeting for gap in gaps_by_stage.get(peer, ()) if gap.meeting is not None)
-        if other == stage
-    }
+class _Traffic:
+    """When each action starts, and when each message leaves: as soon as it is made."""
+
+    def __init__(self, actions_by_stage: Sequence[Sequence[Action]]) -> None:
+        self.num_stages = len(actions_by_stage)
+        self.spans = timeline(actions_by_stage)
+        num_parts = self.num_stages * count_chunks(actions_by_stage)
+        self.between: defaultdict[tuple[int, int, int], list[Message]] = defaultdict(list)
+        """(time, lower stage, higher stage) -> the messages between them, either way: one Exchange."""
+        for stage, spans in enumerate(self.spans):
+            for span in spans:
+                message = output_of(span.action, part_of(span.action, stage, self.num_stages), num_parts)
+                if message is not None and (peer := destination(message) % self.num_stages) != stage:
+                    self.between[span.end, min(stage, peer), max(stage, peer)].append(message)
+        self.of_stage: list[list[tuple[int, int, int]]] = [[] for _ in actions_by_stage]
+        for key in sorted(self.between):
+            for stage in key[1:]:
+                self.of_stage[stage].append(key)
+
+
+def _lower(traffic: _Traffic, stage: int) -> list[Step]:
+    # An action that starts when an exchange happens may need what it brings; one that is under way then made it, or ends first.
     steps: list[Step] = []
-    for gap in gaps_by_stage[stage]:
-        if gap.meeting is not None and gap.meeting in agreed:
-            peer, sent, received = gap.meeting
-            steps.append(Exchange(peer, (sent,), (received,)))
-        else:
-            if gap.send is not None:
-                steps.append(Exchange(gap.send[0], sends=(gap.send[1],)))
-            if gap.receive is not None:
-                steps.append(Exchange(gap.receive[0], receives=(gap.receive[1],)))
-        if gap.action_after is not None:
-            steps.append(gap.action_after)
+    exchanges = iter(traffic.of_stage[stage])
+    key = next(exchanges, None)
+    for span in traffic.spans[stage]:
+        while key is not None and key[0] <= span.start:
+            steps.append(_exchange(traffic, key, stage))
+            key = next(exchanges, None)
+        steps.append(span.action)
+    while key is not None:
+        steps.append(_exchange(traffic, key, stage))
+        key = next(exchanges, None)
     return steps
 
 
-Traffic = tuple[int, Message]
-"""(neighbour, message)"""
-
-
-class _Gap(NamedTuple):
-    """What lies between two actions."""
-
-    send: Traffic | None
-    receive: Traffic | None
-    meeting: tuple[int, Message, Message] | None
-    """(neighbour, sent, received) if both are with one neighbour."""
-    action_after: Action | None
-    """None at the end of the list."""
-
-
-def _gaps(actions: Sequence[Action], stage: int, num_stages: int) -> list[_Gap]:
-    """The gaps before, between and after the actions of a stage."""
-    assert all(action.chunk == 0 for action in actions), "chunks need an edge from the last stage to the first"
-    gaps = []
-    for before, after in pairwise([None, *actions, None]):
-        send = None if before is None else _send_after(before, stage, num_stages)
-        receive = None if after is None else _receive_before(after, stage, num_stages)
-        meeting = None
-        if send is not None and receive is not None and send[0] == receive[0]:
-            meeting = send[0], send[1], receive[1]
-        gaps.append(_Gap(send, receive, meeting, after))
-    return gaps
-
-
-def _send_after(action: Action, stage: int, num_stages: int) -> Traffic | None:
-    if isinstance(action, Forward):
-        return (stage + 1, Message("activation", action.microbatch, action.chunk)) if stage < num_stages - 1 else None
-    return (stage - 1, Message("gradient", action.microbatch, action.chunk)) if stage > 0 else None
-
-
-def _receive_before(action: Action, stage: int, num_stages: int) -> Traffic | None:
-    if isinstance(action, Forward):
-        return (stage - 1, Message("activation", action.microbatch, action.chunk)) if stage > 0 else None
-    return (stage + 1, Message("gradient", action.microbatch, action.chunk)) if stage < num_stages - 1 else None
+def _exchange(traffic: _Traffic, key: tuple[int, int, int], stage: int) -> Exchange:
+    _, low, high = key
+    messages = traffic.between[key]
+    return Exchange(
+        high if stage == low else low,
+        sends=tuple(m for m in messages if m.part % traffic.num_stages == stage),
+        receives=tuple(m for m in messages if m.part % traffic.num_stages != stage),
+    )

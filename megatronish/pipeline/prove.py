@@ -2,13 +2,14 @@
 
 Three independent checks:
 
-- **data**: each stage's list alone, read in order: every microbatch once, from inputs that have arrived.
+- **data**: each stage's list alone, read in order: every microbatch once through every chunk, from inputs that have arrived.
 - **buffered** (gloo): a send never blocks, a receive waits for the message of its name.
 - **rendezvous** (NCCL): a rank has one in-order stream, and an exchange ends only when the partner's is at the head of its stream
   and is its mirror image. Names are ignored there, so the order of messages in each direction must agree.
 
 A list that passes one of the last two may hang under the other; a schedule is accepted under both. Neither rule has races: a step
-that can run stays able to run whatever other stages do, so one simulated order decides for all of them.
+that can run stays able to run whatever other stages do, so one simulated order decides for all of them. Both let a stage wait at
+each exchange, which is more than the runtime does: it computes on until it needs what it receives. Fewer waits cannot hang.
 """
 
 from __future__ import annotations
@@ -16,14 +17,11 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from megatronish.pipeline.lower import Exchange, Message, Step
-from megatronish.pipeline.schedules import Backward, Forward, peak_in_flight
-
-FORWARD_UNITS = 1
-BACKWARD_UNITS = 2
-"""Input gradient and weight gradient are each one product of the size of the forward's."""
+from megatronish.pipeline.lower import Exchange, Message, Step, destination, needed_by, output_of
+from megatronish.pipeline.schedules import Backward, Forward, count_chunks, peak_in_flight
+from megatronish.pipeline.timeline import part_of, units
 
 Check = Literal["data", "buffered", "rendezvous"]
 
@@ -35,12 +33,14 @@ class Proof:
     failures: Mapping[Check, str]
     """The checks that failed, each with the reason in words."""
     unit_time: int | None
-    """End of the last stage if a forward takes 1, a backward 2 and an exchange only its waiting, under rendezvous (the slower of
-    the two rules); None if that check failed."""
+    """End of the last stage if a forward of a chunk takes 1, a backward 2 and an exchange only its waiting on the in-order streams
+    of the rendezvous rule, under which stages compute on until they need what they receive; None if that check failed."""
     busy_time: int
     """Units computed, all stages together."""
     peak_in_flight: tuple[int, ...]
-    """Of each stage: microbatches whose activations it holds at once."""
+    """Of each stage: how many (microbatch, chunk) it holds activations of at once."""
+    peak_received: tuple[int, ...]
+    """Of each stage: tensors that it has asked for and not used yet, at most."""
 
     @property
     def ok(self) -> bool:
@@ -63,13 +63,14 @@ class Proof:
 
 def prove(steps_by_stage: Sequence[Sequence[Step]], num_microbatches: int) -> Proof:
     """Check the lowered lists of all stages of one step (`lower.lower_all_stages`) under every rule."""
+    cut = _Cut(len(steps_by_stage), len(steps_by_stage) * count_chunks(steps_by_stage))
     data = [
         f"stage {stage}: {problem}"
         for stage, steps in enumerate(steps_by_stage)
-        if (problem := _data_problem(steps, stage, len(steps_by_stage), num_microbatches))
+        if (problem := _data_problem(steps, stage, cut, num_microbatches))
     ]
     buffered = _run_buffered(steps_by_stage)
-    rendezvous, unit_time = _run_rendezvous(steps_by_stage)
+    rendezvous, unit_time = _run_rendezvous(steps_by_stage, cut)
     failures: dict[Check, str] = {}
     if data:
         failures["data"] = "; ".join(data)
@@ -80,56 +81,96 @@ def prove(steps_by_stage: Sequence[Sequence[Step]], num_microbatches: int) -> Pr
     return Proof(
         failures,
         unit_time=None if rendezvous else unit_time,
-        busy_time=sum(_units(step) for steps in steps_by_stage for step in steps),
+        busy_time=sum(units(step) for steps in steps_by_stage for step in steps if not isinstance(step, Exchange)),
         peak_in_flight=tuple(peak_in_flight(steps) for steps in steps_by_stage),
+        peak_received=tuple(_peak_received(steps, stage, cut) for stage, steps in enumerate(steps_by_stage)),
     )
 
 
-def _units(step: Step) -> int:
-    if isinstance(step, Exchange):
-        return 0
-    return FORWARD_UNITS if isinstance(step, Forward) else BACKWARD_UNITS
+class _Cut(NamedTuple):
+    """How the layers are dealt out."""
+
+    num_stages: int
+    num_parts: int
+
+    def output_of(self, step: Forward | Backward, stage: int) -> Message | None:
+        return output_of(step, part_of(step, stage, self.num_stages), self.num_parts)
+
+    def needed_by(self, step: Forward | Backward, stage: int) -> Message | None:
+        return needed_by(step, part_of(step, stage, self.num_stages), self.num_parts)
+
+    def maker_stage(self, message: Message) -> int:
+        return message.part % self.num_stages
+
+    def user_stage(self, message: Message) -> int:
+        return destination(message) % self.num_stages
+
+    def stays(self, message: Message) -> bool:
+        """Made for another part of the same stage."""
+        return self.maker_stage(message) == self.user_stage(message)
 
 
-def _data_problem(steps: Sequence[Step], stage: int, num_stages: int, num_microbatches: int) -> str:
+def _peak_received(steps: Sequence[Step], stage: int, cut: _Cut) -> int:
+    waiting: set[Message] = set()
+    peak = 0
+    for step in steps:
+        if isinstance(step, Exchange):
+            waiting.update(step.receives)
+            peak = max(peak, len(waiting))
+        elif (needed := cut.needed_by(step, stage)) is not None:
+            waiting.discard(needed)
+    return peak
+
+
+def _data_problem(steps: Sequence[Step], stage: int, cut: _Cut, num_microbatches: int) -> str:
     """The first thing wrong in one stage's list, or "": what is computed, sent and received, and in which order."""
     done: set[Step] = set()
+    made: set[Message] = set()
     sent: set[Message] = set()
     received: set[Message] = set()
     for step in steps:
         if isinstance(step, Exchange):
-            if not step.sends and not step.receives:
-                return f"an empty exchange with stage {step.peer_stage}"
-            for message in step.sends:
-                if problem := _send_problem(message, step.peer_stage, stage, num_stages, done):
-                    return problem
-                if message in sent:
-                    return f"{message} is sent twice"
-                sent.add(message)
-            for message in step.receives:
-                if problem := _receive_problem(message, step.peer_stage, stage, num_stages):
-                    return problem
-                if message in received:
-                    return f"{message} is received twice"
-                received.add(message)
+            if problem := _exchange_problem(step, stage, cut, made, sent, received):
+                return problem
+            sent.update(step.sends)
+            received.update(step.receives)
             continue
-        if problem := _compute_problem(step, stage, num_stages, done, received):
+        if problem := _compute_problem(step, cut.needed_by(step, stage), done, received):
             return problem
         done.add(step)
-    expected = {kind(microbatch) for kind in (Forward, Backward) for microbatch in range(num_microbatches)}
+        if (output := cut.output_of(step, stage)) is not None:
+            (received if cut.stays(output) else made).add(output)
+    num_chunks = cut.num_parts // cut.num_stages
+    expected = {kind(i, chunk) for kind in (Forward, Backward) for i in range(num_microbatches) for chunk in range(num_chunks)}
     if done != expected:
         strange, missing = done - expected, expected - done
         return f"runs {_some(strange)}, not of this step" if strange else f"never runs {_some(missing)}"
-    unsent = {
-        message
-        for microbatch in range(num_microbatches)
-        for message, needed in (
-            (Message("activation", microbatch), stage < num_stages - 1),
-            (Message("gradient", microbatch), stage > 0),
-        )
-        if needed and message not in sent
-    }
-    return f"never sends {_some(unsent)}" if unsent else ""
+    return f"never sends {_some(made - sent)}" if made - sent else ""
+
+
+def _exchange_problem(
+    exchange: Exchange, stage: int, cut: _Cut, made: set[Message], sent: set[Message], received: set[Message]
+) -> str:
+    peer = exchange.peer_stage
+    if not exchange.sends and not exchange.receives:
+        return f"an empty exchange with stage {peer}"
+    for message in exchange.sends:
+        if (cut.maker_stage(message), cut.user_stage(message)) != (stage, peer) or not _exists(message, cut):
+            return f"{message} is sent to stage {peer}"
+        if message not in made:
+            return f"{message} is sent before it is made"
+        if message in sent:
+            return f"{message} is sent twice"
+    for message in exchange.receives:
+        if (cut.maker_stage(message), cut.user_stage(message)) != (peer, stage) or not _exists(message, cut):
+            return f"{message} is received from stage {peer}"
+        if message in received:
+            return f"{message} is received twice"
+    return ""
+
+
+def _exists(message: Message, cut: _Cut) -> bool:
+    return 0 <= message.part < cut.num_parts and 0 <= destination(message) < cut.num_parts
 
 
 def _some(things: set[Any]) -> str:
@@ -138,30 +179,12 @@ def _some(things: set[Any]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _compute_problem(step: Forward | Backward, stage: int, num_stages: int, done: set[Step], received: set[Message]) -> str:
+def _compute_problem(step: Forward | Backward, needed: Message | None, done: set[Step], received: set[Message]) -> str:
     if step in done:
         return f"{step} runs twice"
-    if isinstance(step, Forward):
-        needed = Message("activation", step.microbatch, step.chunk) if stage > 0 else None
-    else:
-        if Forward(step.microbatch, step.chunk) not in done:
-            return f"{step} runs before F{step.microbatch}"
-        needed = Message("gradient", step.microbatch, step.chunk) if stage < num_stages - 1 else None
+    if isinstance(step, Backward) and (forward := Forward(step.microbatch, step.chunk)) not in done:
+        return f"{step} runs before {forward}"
     return f"{step} runs before {needed} has arrived" if needed is not None and needed not in received else ""
-
-
-def _send_problem(message: Message, peer: int, stage: int, num_stages: int, done: set[Step]) -> str:
-    forward = message.kind == "activation"
-    if peer != (stage + 1 if forward else stage - 1) or not 0 <= peer < num_stages:
-        return f"{message} is sent to stage {peer}"
-    maker = (Forward if forward else Backward)(message.microbatch, message.chunk)
-    return "" if maker in done else f"{message} is sent before {maker} has made it"
-
-
-def _receive_problem(message: Message, peer: int, stage: int, num_stages: int) -> str:
-    if peer != (stage - 1 if message.kind == "activation" else stage + 1) or not 0 <= peer < num_stages:
-        return f"{message} is received from stage {peer}"
-    return ""
 
 
 def _run_buffered(steps_by_stage: Sequence[Sequence[Step]]) -> str:
@@ -194,10 +217,14 @@ def _run_buffered(steps_by_stage: Sequence[Sequence[Step]]) -> str:
     return f"sent but never received: {', '.join(left_over)}" if left_over else ""
 
 
-def _run_rendezvous(steps_by_stage: Sequence[Sequence[Step]]) -> tuple[str, int]:
-    """Run the lists with exchanges that end in pairs. Returns (what is stuck or "", time at which the last stage ends)."""
+def _run_rendezvous(steps_by_stage: Sequence[Sequence[Step]], cut: _Cut) -> tuple[str, int]:
+    """Run the lists with exchanges that end in pairs. Returns (what is stuck or "", time at which the last stage ends).
+
+    What can run in which order is found with stages that wait at every exchange; the clocks are those of stages that compute on:
+    an exchange begins when both stages have come to it and both streams are free, and its messages are waited for where needed."""
     num_stages = len(steps_by_stage)
-    positions, clocks = [0] * num_stages, [0] * num_stages
+    positions, clocks, streams = [0] * num_stages, [0] * num_stages, [0] * num_stages
+    arrived: dict[Message, int] = {}
     ready = deque(range(num_stages))
     while ready:
         stage = ready.popleft()
@@ -208,13 +235,16 @@ def _run_rendezvous(steps_by_stage: Sequence[Sequence[Step]]) -> tuple[str, int]
                 peer = step.peer_stage
                 if peer == stage or not _is_mirror(_head(steps_by_stage, positions, peer), step, stage):
                     break
-                clocks[stage] = clocks[peer] = max(clocks[stage], clocks[peer])
+                end = max(clocks[stage], clocks[peer], streams[stage], streams[peer])
+                streams[stage] = streams[peer] = end
+                arrived.update(dict.fromkeys((*step.sends, *step.receives), end))
                 positions[peer] += 1
                 ready.append(peer)
             else:
-                clocks[stage] += _units(step)
+                needed = cut.needed_by(step, stage)
+                clocks[stage] = max(clocks[stage], arrived.get(needed, 0) if needed is not None else 0) + units(step)
             positions[stage] += 1
-    return _describe_stuck(steps_by_stage, positions), max(clocks)
+    return _describe_stuck(steps_by_stage, positions), max(*clocks, *streams)
 
 
 def _head(steps_by_stage: Sequence[Sequence[Step]], positions: Sequence[int], stage: int) -> Step | None:

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatronish.batch import Batch
 from megatronish.comm import Group
 from megatronish.comm.exchange import PendingExchange, start_exchange
-from megatronish.pipeline.lower import Exchange, Message, Step
+from megatronish.pipeline.lower import Exchange, Message, Step, destination, needed_by, output_of
 from megatronish.pipeline.schedules import Backward, Forward
-from megatronish.pipeline.stage import Stage
+from megatronish.pipeline.timeline import part_of
+
+
+class RunsMicrobatches(Protocol):
+    """What the runtime needs of a stage (`stage.Stage`)."""
+
+    model: nn.Module
+    stage: int
+    num_stages: int
+    num_parts: int
+
+    def forward(self, index: int, batch: Batch, received: Tensor | None, *, chunk: int, keep: bool) -> Tensor:
+        """See Stage.forward."""
+
+    def backward(self, index: int, gradient: Tensor, *, chunk: int) -> Tensor | None:
+        """See Stage.backward."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +44,24 @@ class ActivationSpec:
 
 @dataclass
 class _Mail:
-    """Tensors that have arrived or wait to be sent, by message."""
+    """Tensors that wait to be sent, that arrive or have arrived, by message; and sends under way."""
 
-    tensors: dict[Message, Tensor] = field(default_factory=dict)
+    outgoing: dict[Message, Tensor] = field(default_factory=dict)
+    incoming: dict[Message, tuple[Tensor, PendingExchange | None]] = field(default_factory=dict)
     under_way: list[PendingExchange] = field(default_factory=list)
+
+    def take(self, message: Message) -> Tensor:
+        """Wait for a message; its tensor."""
+        tensor, exchange = self.incoming.pop(message)
+        if exchange is not None:
+            exchange.wait_received()
+        return tensor
 
 
 class PipelineRuntime:
     """Executes the steps of one stage over the microbatches of a step. Collective over the pipeline group."""
 
-    def __init__(self, stage: Stage, *, group: Group, activation: ActivationSpec, device_kind: str) -> None:
+    def __init__(self, stage: RunsMicrobatches, *, group: Group, activation: ActivationSpec, device_kind: str) -> None:
         self.stage = stage
         self.group = group
         self.activation = activation
@@ -49,49 +73,57 @@ class PipelineRuntime:
         microbatches: Sequence[Batch],
         *,
         loss_gradient: Tensor | None = None,
-        before_last_backward: Callable[[], None] | None = None,
+        before_backward: Callable[[int, bool], None] | None = None,
         on_loss: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """The sum over microbatches of the last stage's token losses (zero on the others), a device scalar.
+        """The sum over microbatches of the last part's token losses (zero on other stages), a device scalar.
 
-        `loss_gradient`, 1 / the global number of target tokens, is where backward starts. `before_last_backward` is called before
-        the step's last Backward: the gradients it adds are final. `on_loss` gets (microbatch, its loss) on the last stage. A
-        list without Backward only evaluates: no gradients, no dropout.
+        `loss_gradient`, 1 / the global number of target tokens, is where backward starts. `before_backward` is called before each
+        Backward with its chunk and whether it is the chunk's last of the step: the gradients that one adds are final. `on_loss`
+        gets (microbatch, its loss) where the last part is. A list without Backward only evaluates: no gradients, no dropout.
         Returns when every send is done, so all buffers are free."""
-        mail = _Mail()
-        backwards = [step for step in steps if isinstance(step, Backward)]
-        self.stage.model.train(bool(backwards))
-        total: Tensor | None = None
+        stage, mail = self.stage, _Mail()
+        last_backward = {step.chunk: step for step in steps if isinstance(step, Backward)}
+        stage.model.train(bool(last_backward))
+        total = torch.zeros((), device=self.activation.device)
         for step in steps:
-            if isinstance(step, Forward):
-                received = mail.tensors.pop(Message("activation", step.microbatch, step.chunk), None)
-                output = self.stage.forward(step.microbatch, microbatches[step.microbatch], received, keep=bool(backwards))
-                if not self.stage.is_last:
-                    mail.tensors[Message("activation", step.microbatch, step.chunk)] = output
-                else:
-                    total = output if total is None else total + output
-                    if on_loss is not None:
-                        on_loss(step.microbatch, output)
-            elif isinstance(step, Backward):
-                if step is backwards[-1] and before_last_backward is not None:
-                    before_last_backward()
-                if self.stage.is_last:
-                    assert loss_gradient is not None
-                    gradient = loss_gradient
-                else:
-                    gradient = mail.tensors.pop(Message("gradient", step.microbatch, step.chunk))
-                input_gradient = self.stage.backward(step.microbatch, gradient)
-                if input_gradient is not None:
-                    mail.tensors[Message("gradient", step.microbatch, step.chunk)] = input_gradient
-            else:
+            if isinstance(step, Exchange):
                 self._exchange(step, mail)
+                continue
+            part = part_of(step, stage.stage, stage.num_stages)
+            needed = needed_by(step, part, stage.num_parts)
+            received = None if needed is None else mail.take(needed)
+            output: Tensor | None
+            if isinstance(step, Forward):
+                batch, keep = microbatches[step.microbatch], bool(last_backward)
+                output = stage.forward(step.microbatch, batch, received, chunk=step.chunk, keep=keep)
+            else:
+                if before_backward is not None:
+                    before_backward(step.chunk, step is last_backward[step.chunk])
+                gradient = loss_gradient if needed is None else received
+                assert gradient is not None
+                output = stage.backward(step.microbatch, gradient, chunk=step.chunk)
+            message = output_of(step, part, stage.num_parts)
+            if message is not None:
+                assert output is not None
+                self._hand_on(message, output, mail)
+            elif isinstance(step, Forward):
+                assert output is not None
+                total = total + output
         for exchange in mail.under_way:
             exchange.wait_sent()
-        return total if total is not None else torch.zeros((), device=self.activation.device)
+        return total
+
+    def _hand_on(self, message: Message, tensor: Tensor, mail: _Mail) -> None:
+        if destination(message) % self.stage.num_stages == self.stage.stage:
+            mail.incoming[message] = tensor, None
+        else:
+            mail.outgoing[message] = tensor
 
     def _exchange(self, step: Exchange, mail: _Mail) -> None:
+        """Post all of it. What is received is waited for by the action that needs it; until then this stage computes on."""
         spec = self.activation
-        sends = [(mail.tensors.pop(message).contiguous(), message.tag) for message in step.sends]
+        sends = [(mail.outgoing.pop(message).contiguous(), message.tag) for message in step.sends]
         arriving = {m: torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for m in step.receives}
         exchange = start_exchange(
             sends=sends,
@@ -100,9 +132,9 @@ class PipelineRuntime:
             group=self.group,
             device_kind=self.device_kind,
         )
-        mail.under_way.append(exchange)
+        mail.incoming.update((message, (tensor, exchange)) for message, tensor in arriving.items())
+        if sends:
+            mail.under_way.append(exchange)
         # Bounds what waits to be sent by the number of stages. Safe: the proof has every exchange block until its partner's.
         while len(mail.under_way) > self.group.size:
             mail.under_way.pop(0).wait_sent()
-        exchange.wait_received()
-        mail.tensors.update(arriving)

@@ -81,6 +81,27 @@ def test_a_bucket_starts_as_soon_as_it_and_those_before_it_are_complete() -> Non
         assert started == list(range(len(grads.buckets)))
 
 
+def test_a_bucket_waits_for_the_last_backward_of_all_its_parameters() -> None:
+    """With chunks, some parameters have had their last contribution when others get one that is not."""
+    grads, parameters = build()
+    started: list[int] = []
+    with patch.object(grads, "_start_reduction", lambda index: started.append(index) or Pending(grads.flat[index])):
+        first, *others = [[parameters[slot.name] for slot in bucket.slots] for bucket in grads.buckets]
+        for _ in range(2):  # two steps: the second starts afresh
+            rest = [parameter for bucket in others for parameter in bucket]
+            grads.begin_last_backward(rest)
+            for parameter in (*rest, *first):  # that of `first` is not its last
+                grads.contributed(parameter)
+            assert started == []
+            grads.begin_last_backward(first)
+            assert started == []
+            for parameter in first:
+                grads.contributed(parameter)
+            assert started == list(range(len(grads.buckets)))
+            grads.finish()
+            started.clear()
+
+
 def test_gradients_of_autograd_and_of_modules_add_up_over_microbatches() -> None:
     grads, parameters = build()
     expected = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}

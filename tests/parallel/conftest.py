@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
                 continue
             column = ("sequence\n" if case.sequence else "\n") + f"recompute {case.recompute}"
             columns.add(column)
-            cell = cells[case.layout][column]
+            cell = cells[case.layout if case.schedule[0] == "1f1b" else f"{case.layout} {case.schedule[0]}"][column]
             cell.passed += outcome == "passed"
             cell.run += 1
             cell.largest_error = max(cell.largest_error, properties.get("largest error", 0.0))

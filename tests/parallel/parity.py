@@ -38,6 +38,9 @@ class Case:
     bucket_mib: float = 0.02
     """Of float64: about 2,600 elements, so that there are many buckets and several parameters share some."""
     num_microbatches: int = 3
+    schedule: tuple[str, int] = ("1f1b", 1)
+    """(parallel.schedule, parallel.num_chunks)"""
+    stage_layers: tuple[int, ...] | None = None
     dtype: str = "float64"
     architecture: str = "llama"
     dropout: float = 0.0
@@ -55,6 +58,8 @@ class Case:
         flags = f"-zero{self.zero_stage}" + ("-sequence" if self.sequence else "")
         flags += ("" if self.recompute == "none" else f"-{self.recompute}") + (f"-dropout{self.dropout}" if self.dropout else "")
         flags += "-documents" if self.documents else ""
+        flags += "" if self.schedule[0] == "1f1b" else f"-{self.schedule[0]}{self.schedule[1]}"
+        flags += "" if self.stage_layers is None else f"-layers{'.'.join(map(str, self.stage_layers))}"
         model = "" if self.architecture == "llama" else f"{self.architecture}-"
         flags += "-tied" if self.tie_embeddings else ""
         return f"{model}{self.layout}{flags}-v{self.vocab_size}-b{self.bucket_mib}-m{self.num_microbatches}"
@@ -102,6 +107,9 @@ class Case:
                     "sequence": self.sequence,
                     "zero_stage": self.zero_stage,
                     "recompute": self.recompute,
+                    "schedule": self.schedule[0],
+                    "num_chunks": self.schedule[1],
+                    "stage_layers": self.stage_layers,
                 },
                 "data": {"train": "none", "sequence_length": 16, "separate_documents": self.documents},
                 # A clip norm well below the gradient's: the norm decides the update. A large lr makes a wrong update show.

@@ -22,6 +22,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "model": (("llama", False), ("gpt2", True)),
     # (vocab_size, vocab_multiple): 105 rows, cut unevenly, 4 of them padding; 96 rows that every tp divides, without padding.
     "vocabulary": ((101, 7), (96, 8)),
+    # (parallel.schedule, parallel.num_chunks)
+    "schedule": (("1f1b", 1), ("gpipe", 1), ("interleaved", 2)),
     # (dropout, documents kept apart)
     "masks": ((0.0, False), (0.1, False), (0.1, True)),
     # Every parameter in a bucket of its own; some share one; one bucket of each kind.
@@ -57,6 +59,7 @@ def case_of(point: Point) -> Case:
         vocab_multiple=vocab_multiple,
         dropout=dropout,
         documents=documents,
+        num_layers=max(4, fields["pp"] * fields["schedule"][1]),
         **fields,
     )
 
@@ -87,16 +90,17 @@ def pairwise_points() -> list[Point]:
     return chosen
 
 
-TAKING_TURNS = ("masks", "bucket_mib", "num_microbatches")
+TAKING_TURNS = ("schedule", "masks", "bucket_mib", "num_microbatches")
 
 
 def all_cases() -> list[Case]:
-    """Every point of the axes that decide who computes what; masks, bucket sizes and numbers of microbatches take turns."""
-    turns = {axis: cycle(AXES[axis]) for axis in TAKING_TURNS}
+    """Every point of the axes that decide who computes what; of schedules, masks, bucket sizes and numbers of microbatches all
+    combinations take turns."""
+    turns = cycle(product(*(AXES[axis] for axis in TAKING_TURNS)))
     cases = []
     for head in product(*(values for axis, values in AXES.items() if axis not in TAKING_TURNS)):
-        masks, bucket_mib, num_microbatches = (next(turns[axis]) for axis in TAKING_TURNS)
-        point = (*head, masks, bucket_mib, max(head[1], num_microbatches))
+        *others, num_microbatches = next(turns)
+        point = (*head, *others, max(head[1], num_microbatches))
         if allowed(point):
             cases.append(case_of(point))
     return cases

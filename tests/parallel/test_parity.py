@@ -56,6 +56,21 @@ def test_a_tensor_rank_that_holds_only_padding_changes_nothing(sequence: bool) -
     check(Case(tp=4, sequence=sequence, vocab_size=70, vocab_multiple=128), TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(pp=2, num_microbatches=3, stage_layers=(3, 1)),
+        Case(pp=2, dp=2, schedule=("interleaved", 2), stage_layers=(1, 3, 2, 1), num_layers=7),
+        # One stage with chunks exchanges with nobody; every edge of two stages carries all four messages of four chunks.
+        Case(pp=1, dp=2, schedule=("interleaved", 2)),
+        Case(pp=2, schedule=("interleaved", 4), num_layers=8, num_microbatches=5),
+    ],
+    ids=str,
+)
+def test_uneven_stages_and_many_chunks_change_nothing(case: Case) -> None:
+    check(case, TOLERANCE)
+
+
 def run_regathering(rank: int, case: Case) -> RankResult:
     """As GPUs do: keep S/tp tokens for backward and gather them again."""
 

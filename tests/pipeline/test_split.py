@@ -62,5 +62,5 @@ def test_extra_layers_go_to_later_middle_stages_that_hold_fewer_microbatches() -
 
 
 def test_fewer_layers_than_stages_is_refused_with_both_numbers_and_the_key() -> None:
-    with pytest.raises(UserError, match=r"model\.num_layers=3 .* parallel\.pipeline=4"):
+    with pytest.raises(UserError, match=r"model\.num_layers=3 .* parallel\.pipeline x parallel\.num_chunks=4"):
         split_layers(3, 4, layer_cost=1.0, embedding_cost=0.0, head_cost=0.0)

@@ -75,6 +75,7 @@ def record_real_run(rank: int, config: Config, world_size: int, recorder: Record
         Case(tp=2, dp=3, dtype="float32"),
         Case(tp=2, pp=2, sequence=True, recompute=("selective", "full"), dropout=0.1, documents=True, label_smoothing=0.1),
         Case(architecture="gpt2", tie_embeddings=True, tp=2, pp=2, dp=2, sequence=True, dtype="float32"),
+        Case(tp=2, pp=2, dp=2, schedule=("interleaved", 2), dtype="float32"),
     ],
     ids=str,
 )

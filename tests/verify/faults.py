@@ -229,6 +229,16 @@ def a_bias_is_added_on_every_tp_rank() -> Patch:
     return tensor.RowParallelLinear, "forward", faulty
 
 
+def the_last_backward_of_one_chunk_is_that_of_all() -> Patch:
+    """Buckets of other chunks are reduced before their gradients are final."""
+
+    def faulty(self: trainer.Trainer, chunk: int, is_last: bool) -> None:
+        if is_last:
+            self.grads.begin_last_backward()
+
+    return trainer.Trainer, "_before_backward", faulty
+
+
 FAULTS: dict[str, Callable[[], Patch]] = {
     fault.__name__: fault
     for fault in (
@@ -250,6 +260,7 @@ FAULTS: dict[str, Callable[[], Patch]] = {
         a_tied_embedding_is_reduced_at_its_first_gradient,
         a_row_bias_is_added_by_every_rank,
         row_biases_and_positions_see_a_part_of_the_tokens,
+        the_last_backward_of_one_chunk_is_that_of_all,
     )
 }
 

@@ -102,6 +102,11 @@ EXPECTED: dict[str, tuple[tuple[str, ...], str, str]] = {
         "gradient of positions.weight in step 1",
         "parallel.sequence=true",
     ),
+    "the_last_backward_of_one_chunk_is_that_of_all": (
+        ("parallel.pipeline=2", "parallel.data=2", "parallel.schedule=interleaved", "parallel.num_chunks=2"),
+        "gradient of ",
+        "parallel.pipeline=2, parallel.schedule=interleaved, parallel.num_chunks=2",
+    ),
 }
 
 
