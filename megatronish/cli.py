@@ -157,6 +157,35 @@ def generate(
     _finish(command.run(options, nproc))
 
 
+@app.command("export")
+def export_model(
+    run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")],
+    hf: Annotated[Path, typer.Option("--hf", metavar="DIR", help="A new folder, for Hugging Face's transformers.")],
+    step: Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step; else the newest that verifies.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; else as the run computes.")] = None,
+) -> None:
+    """Write a checkpoint, whatever layout saved it, as a model that transformers loads: weights, config and tokenizer.
+
+    Example: megatronish export runs/demo_cpu --hf exported/demo
+    """
+    if dtype not in (None, "bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype}: must be bfloat16 or float32")
+    _finish(importlib.import_module("megatronish.interop.export").main(str(run), str(hf), step, dtype))
+
+
+@app.command("import")
+def import_model(
+    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="config.json and safetensors of a Llama or GPT-2.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="The new run's folder; its last part is the run's name.")],
+    overrides: Overrides = None,
+) -> None:
+    """Make a run at step 0 of a model of transformers, to evaluate or to train on. Nothing of its folder is executed.
+
+    Example: megatronish import exported/demo --out runs/tuned data.train=runs/demo-data/train data.sequence_length=256
+    """
+    _finish(importlib.import_module("megatronish.interop.import_model").main(str(folder), str(out), overrides or []))
+
+
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def data(context: typer.Context) -> None:
     """Train tokenizers, tokenize text, inspect sets of tokens."""

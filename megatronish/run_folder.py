@@ -14,12 +14,16 @@ from typing import Any
 import torch
 
 from megatronish import __version__, native
+from megatronish.checkpoint.load import find_checkpoints
+from megatronish.checkpoint.manifest import step_of
 from megatronish.config import Config
 from megatronish.config_loader import load_config, to_yaml
 from megatronish.errors import UserError
 
 FIXED_KEYS = ("model", "data.sequence_length", "train.seed", "train.global_batch_size", "train.batch_ramp")
 """What makes a run the same run: another value needs another name. All other keys may change when it is resumed, the layout too."""
+FIXED_BEFORE_STEP_1 = ("model",)
+"""The same of an imported model that has not trained yet."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,14 @@ class RunFolder:
     def check_belongs_to(self, config: Config) -> None:
         """UserError, one line a key, if the folder holds a run that `config` cannot go on with."""
         if self.config_file.exists():
-            self.check_same_run(load_config(self.config_file), config)
+            newest = find_checkpoints(self.checkpoints)[:1]
+            self.check_same_run(load_config(self.config_file), config, step=step_of(newest[0].name) if newest else None)
 
-    def check_same_run(self, before: Config, config: Config) -> None:
-        """UserError, one line a key, if a run begun under the config `before` cannot go on under `config`."""
+    def check_same_run(self, before: Config, config: Config, *, step: int | None) -> None:
+        """UserError, one line a key, if a run begun under the config `before` cannot go on under `config` after `step` steps (None:
+        none are saved)."""
         problems = []
-        for key in FIXED_KEYS:
+        for key in FIXED_BEFORE_STEP_1 if step == 0 else FIXED_KEYS:
             old, new = _get(before, key), _get(config, key)
             if old == new:
                 continue

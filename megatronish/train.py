@@ -132,13 +132,14 @@ def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log:
         draw_weights(run.config, run.cut)
         run.optimizer.reset_master()
         return 0
-    if state["data_fingerprint"] != f"{dataset.fingerprint:016x}":
+    step, saved = int(state["step"]), state["layout"]
+    # An imported model has seen none of it.
+    if step and state["data_fingerprint"] != f"{dataset.fingerprint:016x}":
         raise UserError(
             f"{describe_train(run.config.data)} is not the data that {folder.path} was trained on (fingerprint "
             f"{dataset.fingerprint:016x}, checkpoint {state['data_fingerprint']}): give that data, or another name"
         )
-    folder.check_same_run(config_of(state), run.config)
-    step, saved = int(state["step"]), state["layout"]
+    folder.check_same_run(config_of(state), run.config, step=step)
     assert int(state["consumed_samples"]) == run.config.batch_schedule.consumed_after(step), "the batch sizes of a run are fixed"
     layout = " ".join(f"{axis}{saved[axis]}" for axis in ("pp", "dp", "tp"))
     log.info("resumed after step %d, saved by layout %s, in %.1f s", step, layout, time.perf_counter() - started)

@@ -23,7 +23,7 @@ from megatronish.comm import streams
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import SyntheticDataset
 from megatronish.data.loader import BatchLoader
-from megatronish.interop.llama import hugging_face_config
+from megatronish.interop.llama import write_config
 from megatronish.parallel.mesh import build_mesh
 from megatronish.parallel.rendezvous import Place, connect, disconnect
 
@@ -87,7 +87,7 @@ def _serve_peer(commands: Connection, config: Config, threads: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(threads)
-    settings = hugging_face_config(config.model, config.data.sequence_length)
+    settings = write_config(config.model, config.data.sequence_length)
     model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**settings))
     model.to(DTYPES[config.train.dtype])
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True)

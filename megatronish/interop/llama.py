@@ -1,8 +1,4 @@
-"""Llama's parameters under Hugging Face's names (LlamaForCausalLM), both ways. Needs torch alone.
-
-Theirs are one matrix a projection; ours are fused: QKV [G, q + 2, K, D], gate and up [2, F, D]. Theirs have vocab_size rows; ours
-are padded. Both rotate half against half, so no row changes its place inside a head.
-"""
+"""Llama's counterpart in transformers, LlamaForCausalLM. Both rotate half against half, so no row moves inside a head."""
 
 from __future__ import annotations
 
@@ -14,60 +10,11 @@ from torch import Tensor
 
 from megatronish.config import ModelConfig
 from megatronish.errors import UserError
-
-# Ours -> theirs, outside of blocks and inside. Several names: ours is fused of them, in this order.
-OUTSIDE: dict[str, tuple[str, ...]] = {
-    "embedding.weight": ("model.embed_tokens.weight",),
-    "final_norm.weight": ("model.norm.weight",),
-    "head.weight": ("lm_head.weight",),
-}
-IN_BLOCK: dict[str, tuple[str, ...]] = {
-    "attention_norm.weight": ("input_layernorm.weight",),
-    "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "attention.output.weight": ("self_attn.o_proj.weight",),
-    "mlp_norm.weight": ("post_attention_layernorm.weight",),
-    "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down.weight": ("mlp.down_proj.weight",),
-}
-VOCABULARY = ("embedding.weight", "head.weight")
+from megatronish.interop.foreign_config import ForeignConfig
+from megatronish.interop.names import VOCABULARY, Interop, pad_rows
 
 
-def name_map(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Our name of every parameter of the model -> theirs, in our order."""
-    names = {"embedding.weight": OUTSIDE["embedding.weight"]}
-    for layer in range(config.num_layers):
-        for ours, theirs in IN_BLOCK.items():
-            names[f"layers.{layer}.{ours}"] = tuple(f"model.layers.{layer}.{name}" for name in theirs)
-    return {**names, **OUTSIDE}
-
-
-def to_hugging_face(config: ModelConfig, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our whole parameters (or their gradients) by name -> theirs, contiguous copies; the vocabulary's padding is cut off."""
-    theirs: dict[str, Tensor] = {}
-    for our_name, their_names in name_map(config).items():
-        for name, part in zip(their_names, _split(config, our_name, ours[our_name]), strict=True):
-            theirs[name] = part.clone(memory_format=torch.contiguous_format)
-    return theirs
-
-
-def from_hugging_face(config: ModelConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Theirs by name -> our whole parameters; the vocabulary's padding is zeros. UserError names what is missing, unknown or of
-    another shape."""
-    names = name_map(config)
-    expected = {name for group in names.values() for name in group}
-    for what, found in (("missing", expected - set(theirs)), ("unknown", set(theirs) - expected)):
-        if found:
-            first = ", ".join(sorted(found)[:10])
-            raise UserError(f"{len(found)} {what} tensors for a Llama of model.num_layers={config.num_layers}: {first}")
-    ours = {}
-    for our_name, their_names in names.items():
-        for name in their_names:
-            _check_shape(config, name, theirs[name])
-        ours[our_name] = _fuse(config, our_name, [theirs[name] for name in their_names])
-    return ours
-
-
-def hugging_face_config(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
+def write_config(config: ModelConfig, positions: int) -> dict[str, Any]:
     """The config.json of the same model. Both spellings of the rotary base: `rope_parameters` is read since transformers 5."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -79,7 +26,7 @@ def hugging_face_config(config: ModelConfig, sequence_length: int) -> dict[str, 
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
-        "max_position_embeddings": sequence_length,
+        "max_position_embeddings": positions,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -87,11 +34,58 @@ def hugging_face_config(config: ModelConfig, sequence_length: int) -> dict[str, 
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
-def _split(config: ModelConfig, our_name: str, tensor: Tensor) -> list[Tensor]:
+def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Our model section of a config.json of theirs; what it leaves out has the library's defaults."""
+    given = ForeignConfig(values)
+    given.must_be("hidden_act", "silu", default="silu")
+    for key in ("attention_bias", "mlp_bias"):
+        given.must_be(key, False, default=False)
+    heads, hidden = given.integer("num_attention_heads"), given.integer("hidden_size")
+    given.must_be("head_dim", hidden // heads, None, default=None)
+    given.must_be("sliding_window", None, default=None)
+    given.ignore("max_position_embeddings", "pretraining_tp")
+    section = {
+        "architecture": "llama",
+        "num_layers": given.integer("num_hidden_layers"),
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "mlp_size": given.integer("intermediate_size"),
+        "vocab_size": given.integer("vocab_size"),
+        "rope_theta": _rope_theta(given),
+        "norm_eps": given.number("rms_norm_eps", default=1e-6),
+        "init_std": given.number("initializer_range", default=0.02),
+        "tie_embeddings": given.boolean("tie_word_embeddings", default=False),
+        "dropout": given.number("attention_dropout", default=0.0),
+    }
+    kv_heads = given.integer("num_key_value_heads", default=heads)
+    given.finish()
+    return section if kv_heads == heads else {**section, "num_kv_heads": kv_heads}
+
+
+def _rope_theta(given: ForeignConfig) -> float:
+    given.must_be("rope_scaling", None, {"rope_type": "default"}, {"type": "default"}, default=None)
+    theta = given.number("rope_theta", default=10000.0)
+    parameters = given.take("rope_parameters", default=None)
+    if parameters is None:
+        return theta
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if (
+        not isinstance(parameters, dict)
+        or set(parameters) - known
+        or parameters.get("rope_type", parameters.get("type", "default")) != "default"
+        or parameters.get("partial_rotary_factor", 1.0) != 1.0
+        or not isinstance(parameters.get("rope_theta", theta), int | float)
+    ):
+        raise UserError(f"config.json: rope_parameters={parameters}: only plain rotary positions (rope_type default) are supported")
+    return float(parameters.get("rope_theta", theta))
+
+
+def split(config: ModelConfig, our_name: str, tensor: Tensor) -> list[Tensor]:
+    """Ours -> theirs, views."""
     if our_name.endswith("qkv.weight"):
         q = config.num_heads // config.kv_heads
         return [part.flatten(0, 2) for part in tensor.split([q, 1, 1], dim=1)]
@@ -100,32 +94,37 @@ def _split(config: ModelConfig, our_name: str, tensor: Tensor) -> list[Tensor]:
     return [tensor[: config.vocab_size] if our_name in VOCABULARY else tensor]
 
 
-def _fuse(config: ModelConfig, our_name: str, parts: list[Tensor]) -> Tensor:
+def fuse(config: ModelConfig, our_name: str, parts: list[Tensor]) -> Tensor:
+    """Theirs -> ours, a copy."""
     if our_name.endswith("qkv.weight"):
         by_group = [part.unflatten(0, (config.kv_heads, -1, config.head_size)) for part in parts]
         return torch.cat(by_group, dim=1)
     if our_name.endswith("gate_up.weight"):
         return torch.stack(parts)
     (tensor,) = parts
-    if our_name in VOCABULARY:
-        padding = tensor.new_zeros(config.padded_vocab_size - config.vocab_size, config.hidden_size)
-        return torch.cat((tensor, padding))
-    return tensor.clone()
+    return pad_rows(config, tensor) if our_name in VOCABULARY else tensor.clone()
 
 
-def _check_shape(config: ModelConfig, name: str, tensor: Tensor) -> None:
-    D, K = config.hidden_size, config.head_size
-    rows = {
-        "embed_tokens": config.vocab_size,
-        "lm_head": config.vocab_size,
-        "q_proj": config.num_heads * K,
-        "k_proj": config.kv_heads * K,
-        "v_proj": config.kv_heads * K,
-        "gate_proj": config.mlp_size,
-        "up_proj": config.mlp_size,
-    }
-    kind = name.split(".")[-2]
-    columns = {"o_proj": config.num_heads * K, "down_proj": config.mlp_size}.get(kind, D)
-    shape = (D,) if kind.endswith("norm") else (rows.get(kind, D), columns)
-    if tuple(tensor.shape) != shape:
-        raise UserError(f"{name} has shape {list(tensor.shape)}, the model section of the config makes it {list(shape)}")
+LLAMA = Interop(
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    outside={
+        "embedding.weight": ("model.embed_tokens.weight",),
+        "final_norm.weight": ("model.norm.weight",),
+        "head.weight": ("lm_head.weight",),
+    },
+    in_block={
+        "attention_norm.weight": ("input_layernorm.weight",),
+        "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "attention.output.weight": ("self_attn.o_proj.weight",),
+        "mlp_norm.weight": ("post_attention_layernorm.weight",),
+        "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "mlp.down.weight": ("mlp.down_proj.weight",),
+    },
+    block_prefix="model.layers.{}.",
+    split=split,
+    fuse=fuse,
+    write_config=write_config,
+    read_config=read_config,
+    ignored=("*.rotary_emb.inv_freq",),
+)

@@ -13,7 +13,7 @@ from megatronish.assemble import assemble, mesh_shape
 from megatronish.batch import TokenContext
 from megatronish.config import Config, ModelConfig
 from megatronish.errors import UserError
-from megatronish.interop.llama import from_hugging_face, hugging_face_config, name_map, to_hugging_face
+from megatronish.interop.llama import LLAMA
 from megatronish.models.llama import Llama
 from megatronish.optim.lr_schedule import learning_rate
 from megatronish.parallel.mesh import build_mesh
@@ -36,7 +36,7 @@ shapes = pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
 def their_model(config: ModelConfig, sequence_length: int, dtype: torch.dtype) -> nn.Module:
     """Hugging Face's model of this shape, with random norms too, so that a norm in the wrong place shows."""
     torch.manual_seed(0)
-    given = hugging_face_config(config, sequence_length)
+    given = LLAMA.write_config(config, sequence_length)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(given)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,7 +47,7 @@ def their_model(config: ModelConfig, sequence_length: int, dtype: torch.dtype) -
 
 def our_model(config: ModelConfig, theirs: nn.Module, dtype: torch.dtype) -> Llama:
     model = Llama(config, dtype=dtype)
-    model.load_state_dict(from_hugging_face(config, theirs.state_dict()))
+    model.load_state_dict(LLAMA.from_hugging_face(config, theirs.state_dict()))
     return model
 
 
@@ -109,7 +109,7 @@ def test_every_gradient_equals_hugging_face(fields: dict[str, Any], wide: bool, 
     logits = ours(tokens_SB, context_of(tokens_SB))[..., : config.vocab_size]
     nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     nn.functional.cross_entropy(theirs(tokens_SB.t()).logits.transpose(0, 1).flatten(0, 1), labels.flatten()).backward()
-    got = to_hugging_face(config, {name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+    got = LLAMA.to_hugging_face(config, {name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
     for name, parameter in theirs.named_parameters():
         error = (got[name] - parameter.grad).abs().max() / parameter.grad.abs().max()
         assert error < tolerance, f"{name} is off by {error:.1e}"
@@ -119,11 +119,11 @@ def test_every_gradient_equals_hugging_face(fields: dict[str, Any], wide: bool, 
 def test_the_name_map_is_total_and_reversible(fields: dict[str, Any]) -> None:
     config = ModelConfig.model_validate(fields)
     theirs = their_model(config, 8, torch.float32).state_dict()
-    ours = from_hugging_face(config, theirs)
+    ours = LLAMA.from_hugging_face(config, theirs)
     plain = Llama(config, dtype=torch.float32, device="meta")
     assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in plain.named_parameters()}
-    assert list(name_map(config)) == [name for name, _ in plain.named_parameters()]
-    back = to_hugging_face(config, ours)
+    assert list(LLAMA.name_map(config)) == [name for name, _ in plain.named_parameters()]
+    back = LLAMA.to_hugging_face(config, ours)
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
     assert not ours["head.weight"][config.vocab_size :].any()
@@ -133,11 +133,11 @@ def test_a_state_that_does_not_fit_is_refused_by_name() -> None:
     config = ModelConfig.model_validate(SHAPES["grouped heads"])
     state = their_model(config, 8, torch.float32).state_dict()
     with pytest.raises(UserError, match=r"1 missing tensors .*model\.layers\.2\.mlp\.up_proj\.weight"):
-        from_hugging_face(config, {k: v for k, v in state.items() if k != "model.layers.2.mlp.up_proj.weight"})
+        LLAMA.from_hugging_face(config, {k: v for k, v in state.items() if k != "model.layers.2.mlp.up_proj.weight"})
     with pytest.raises(UserError, match=r"1 unknown tensors .*model\.layers\.0\.self_attn\.q_proj\.bias"):
-        from_hugging_face(config, {**state, "model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})
+        LLAMA.from_hugging_face(config, {**state, "model.layers.0.self_attn.q_proj.bias": torch.zeros(48)})
     with pytest.raises(UserError, match=r"k_proj\.weight has shape \[48, 48\].* \[16, 48\]"):
-        from_hugging_face(config, {**state, "model.layers.1.self_attn.k_proj.weight": torch.zeros(48, 48)})
+        LLAMA.from_hugging_face(config, {**state, "model.layers.1.self_attn.k_proj.weight": torch.zeros(48, 48)})
 
 
 NUM_STEPS = 50
@@ -170,7 +170,7 @@ def their_training() -> tuple[dict[str, Tensor], list[float], list[float]]:
     """(first weights, losses, norms) of Hugging Face's model under torch.optim.AdamW."""
     config = training(1, 1, 1)
     torch.manual_seed(5)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(hugging_face_config(config.model, 32)))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(LLAMA.write_config(config.model, 32)))
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     c = config.optim
     groups = [
@@ -198,7 +198,7 @@ def train_rank(rank: int, config: Config, theirs: dict[str, Tensor]) -> tuple[li
     world_size = config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
     mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
     run = assemble(config, mesh, LearnableBatches(config, mesh.index("dp"), mesh.size("dp")))
-    whole = from_hugging_face(config.model, theirs)
+    whole = LLAMA.from_hugging_face(config.model, theirs)
     with torch.no_grad():
         for bucket in run.cut.buckets:
             for slot in bucket.slots:
