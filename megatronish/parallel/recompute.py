@@ -55,13 +55,13 @@ class _Call:
         return self.remade.detach()
 
     def gradients(self, dy: Tensor) -> list[Tensor | None]:
-        """Of the inputs and parameters, None for what needs none. Frees what `remake` made."""
+        """Of the inputs and parameters, None for what needs none. Lets go of all of them: the call lives as long as the graph."""
         assert self.remade is not None, "the consumer's backward comes first"
         given = [*self.inputs, *self.parameters]
         wanted = [isinstance(x, Tensor) and x.requires_grad for x in given]
         leaves = [x for x, is_wanted in zip(given, wanted, strict=True) if is_wanted]
         grads = iter(torch.autograd.grad(self.remade, leaves, dy))
-        self.remade = None
+        self.remade, self.inputs, self.parameters = None, [], []
         return [next(grads) if is_wanted else None for is_wanted in wanted]
 
 
