@@ -18,8 +18,9 @@ tp) are never called dimensions (`dim`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -57,6 +58,10 @@ class Batch:
     def context(self) -> TokenContext:
         """The model's view of it."""
         return TokenContext(self.positions_SB, self.sample_numbers_B, self.documents_SB)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in vars(self).items() if tensor is not None})
 
     def microbatches(self, micro_batch_size: int) -> list[Batch]:
         """Views of `micro_batch_size` samples each, in order. Copies nothing."""

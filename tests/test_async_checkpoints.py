@@ -159,7 +159,7 @@ def test_a_disk_that_fails_beside_the_training_ends_every_rank_at_the_same_step_
 
 
 def record_real_run(rank: int, config: Config, world_size: int, recorder: Recorder) -> list[Call]:
-    play(config, rank, world_size, device_kind="cpu", device_copy=lambda x: x)
+    play(config, rank, world_size, device=torch.device("cpu"), device_kind="cpu")
     return recorder.calls
 
 

@@ -85,7 +85,7 @@ def run_dry(rank: int, case: Case, plant: Any) -> str | float:
     """The dry batch's loss, or its error, with a NaN planted into the parameter `plant`."""
     config = case.config()
     mesh = build_mesh(mesh_shape(config, case.world_size), rank, device=CPU)
-    run = assemble(config, mesh, SlicedBatches(config, mesh.index("dp"), mesh.size("dp")))
+    run = assemble(config, mesh, SlicedBatches(config, mesh))
     draw_weights(config, run.cut)
     run.optimizer.reset_master()
     if plant in run.cut.parameters.by_name:
@@ -117,7 +117,7 @@ def dry_twice_then_step(rank: int, case: Case) -> tuple[float, float, float]:
     """The losses of two dry batches and of the first step."""
     config = case.config()
     mesh = build_mesh(mesh_shape(config, 1), rank, device=CPU)
-    run = assemble(config, mesh, SlicedBatches(config, 0, 1))
+    run = assemble(config, mesh, SlicedBatches(config, mesh))
     draw_weights(config, run.cut)
     run.optimizer.reset_master()
     dry = dry_batch(run, 1), dry_batch(run, 1)

@@ -112,7 +112,7 @@ class FileStorage:
 
 
 class NoStorage:
-    """A rehearsal's disk: empty, takes everything, keeps nothing, reads no tensor (they may be fake)."""
+    """A rehearsal's disk: empty, takes everything, keeps nothing, reads no tensor (they may be on meta)."""
 
     def make_directory(self, path: Path) -> None:
         """Nothing."""

@@ -1,7 +1,7 @@
 """A process group that writes down every call: alone, as a rank of a job of any size that does not exist, or around a gloo group.
 
 It sits below torch.distributed, so it sees what a backend would see, whoever called. Without an inner group nothing is communicated
-and outputs keep what was in them: good for fake tensors, whose values nobody reads.
+and outputs keep what was in them: good for meta tensors, which have no values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 _counter = itertools.count()
 
@@ -147,20 +146,19 @@ def register_recording_backend(recorder: Recorder, *, wrap_gloo: bool) -> str:
 
     name = f"recording{next(_counter)}"
     register: Callable[..., None] = dist.Backend.register_backend
-    register(name, create, extended_api=True, devices=["cpu"])
+    register(name, create, extended_api=True, devices=["cpu", "meta"])
     return name
 
 
 @contextmanager
-def rehearsed_world(rank: int, world_size: int) -> Iterator[tuple[Recorder, FakeTensorMode]]:
-    """Be rank `rank` of a job of `world_size` ranks that does not exist: tensors are fake, calls are recorded, nothing is sent."""
+def rehearsed_world(rank: int, world_size: int) -> Iterator[Recorder]:
+    """Be rank `rank` of a job of `world_size` ranks that does not exist: calls are recorded, nothing is sent. For meta tensors."""
     recorder = Recorder()
     if world_size > 1:
         backend = register_recording_backend(recorder, wrap_gloo=False)
         dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)
     try:
-        with FakeTensorMode() as mode:
-            yield recorder, mode
+        yield recorder
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """Batches for one data rank, made one step ahead: the only copy from host to device.
 
 Each rank reads its own samples; nothing is broadcast. Tensors are built in numpy, without a torch operation before `device_copy`:
-a rehearsal's fake mode takes them over there.
+a rehearsal makes meta tensors of them there.
 """
 
 from __future__ import annotations

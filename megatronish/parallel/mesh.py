@@ -62,7 +62,7 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Mesh:
-    """A rank's place. Control flow asks `device_kind`, never a tensor: a rehearsal says "cuda" on fake CPU tensors."""
+    """A rank's place. Control flow asks `device_kind`, never a tensor: a rehearsal says "cuda" on meta tensors."""
 
     shape: MeshShape
     rank: int

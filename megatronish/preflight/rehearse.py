@@ -1,9 +1,9 @@
-"""Rehearse one rank: the run itself, from agreement to the last save, on fake tensors; returns what it communicated."""
+"""Rehearse one rank: the run itself, from agreement to the last save, on meta tensors; returns what it communicated."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ from megatronish.run_folder import RunFolder
 from megatronish.startup import require_agreement
 from megatronish.train import Datasets, Surroundings, run_facts, run_training
 
-DeviceCopy = Callable[[Tensor], Tensor]
 LOG = logging.getLogger("megatronish.rehearsal")
 
 
@@ -43,16 +42,19 @@ def synthetic_datasets(config: Config) -> Datasets:
 
 def rehearse(config: Config, *, rank: int, world_size: int, device_kind: str = "cuda") -> list[Call]:
     """The calls of `rank` in a job of `world_size`: the whole of `train.run_training`, with nothing on any disk or device."""
-    with rehearsed_world(rank, world_size) as (recorder, mode):
-        play(config, rank, world_size, device_kind=device_kind, device_copy=mode.from_tensor)
+    meta = torch.device("meta")
+    with rehearsed_world(rank, world_size) as recorder:
+        play(config, rank, world_size, device=meta, device_kind=device_kind)
     return recorder.calls
 
 
-def play(config: Config, rank: int, world_size: int, *, device_kind: str, device_copy: DeviceCopy) -> None:
+def play(config: Config, rank: int, world_size: int, *, device: torch.device, device_kind: str) -> None:
     """What `train.main` does once it has connected, with synthetic data, and keeping no file."""
-    device, datasets = torch.device("cpu"), synthetic_datasets(config)
+    datasets = synthetic_datasets(config)
     require_agreement(run_facts(config, datasets), world=world_group(device_kind=device_kind), device=device)
     mesh = build_mesh(mesh_shape(config, world_size), rank, device=device, device_kind=device_kind)
     nowhere = RunFolder(Path("/nonexistent/rehearsal"))
-    around = Surroundings(nowhere, LOG, token="rehearsal", storage=NoStorage(), prefetch="none", device_copy=device_copy)
+    around = Surroundings(
+        nowhere, LOG, token="rehearsal", storage=NoStorage(), prefetch="none", device_copy=partial(Tensor.to, device=device)
+    )
     run_training(config, mesh, datasets, around)

@@ -6,6 +6,7 @@ import torch
 
 from megatronish.batch import Batch
 from megatronish.config import Config
+from megatronish.parallel.mesh import Mesh
 
 
 def global_batch(config: Config, step: int) -> Batch:
@@ -29,9 +30,9 @@ def global_batch(config: Config, step: int) -> Batch:
 class SlicedBatches:
     """A data rank's samples of the global batch."""
 
-    def __init__(self, config: Config, dp_rank: int, dp_size: int) -> None:
-        self.config, self.rank, self.size = config, dp_rank, dp_size
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.rank, self.size, self.device = config, mesh.index("dp"), mesh.size("dp"), mesh.device
 
     def batch(self, step: int) -> Batch:
         per_rank = self.config.train.global_batch_size // self.size
-        return global_batch(self.config, step).microbatches(per_rank)[self.rank]
+        return global_batch(self.config, step).microbatches(per_rank)[self.rank].to(self.device)

@@ -22,6 +22,7 @@ from megatronish.layout import Rectangle
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.verify.batches import SlicedBatches
 
+CPU = torch.device("cpu")
 Pieces = list[tuple[str, str, Rectangle, Tensor]]
 
 
@@ -37,12 +38,12 @@ class RankResult:
     held: Pieces = field(default_factory=list)
 
 
-def run_layout(rank: int, config: Config, checkpoints: Path | None = None) -> RankResult:
+def run_layout(rank: int, config: Config, checkpoints: Path | None = None, *, device: torch.device = CPU) -> RankResult:
     """Train the config's steps on this rank of its layout (parallel.data must be given).
 
     With `checkpoints`, a folder: saved after the last step but one, which a trainer that was built anew then loads and takes the
     last step, and after that. Before it at least two steps follow each other in one trainer: what one leaves behind shows too."""
-    mesh = build_mesh(mesh_shape(config, world_size_of(config)), rank, device=torch.device("cpu"))
+    mesh = build_mesh(mesh_shape(config, world_size_of(config)), rank, device=device)
     run = _build(config, mesh)
     draw_weights(config, run.cut)
     run.optimizer.reset_master()
@@ -67,7 +68,7 @@ def run_layout(rank: int, config: Config, checkpoints: Path | None = None) -> Ra
 
 def loaded_weights(rank: int, config: Config, checkpoints: Path) -> Pieces:
     """The master weights of the newest checkpoint in `checkpoints`, loaded onto the layout of `config`."""
-    mesh = build_mesh(mesh_shape(config, world_size_of(config)), rank, device=torch.device("cpu"))
+    mesh = build_mesh(mesh_shape(config, world_size_of(config)), rank, device=CPU)
     run = _build(config, mesh)
     assert checkpointing.load_newest(run, checkpoints, log=_nothing) is not None
     run.optimizer.ensure_parameters()
@@ -89,7 +90,7 @@ def _save(run: Assembly, checkpoints: Path, step: int) -> None:
 
 
 def _build(config: Config, mesh: Mesh) -> Assembly:
-    return assemble(config, mesh, SlicedBatches(config, mesh.index("dp"), mesh.size("dp")))
+    return assemble(config, mesh, SlicedBatches(config, mesh))
 
 
 def _owned_gradients(run: Assembly) -> Iterator[tuple[str, str, Rectangle, Tensor]]:

@@ -64,7 +64,8 @@ def test_a_layout_with_all_terms_equals_one_process() -> None:
 def evaluated_and_trained(case: Case) -> tuple[Tensor, Tensor]:
     """(held-out loss sum, training loss) of the first weights."""
     config = case.config()
-    run = assemble(config, build_mesh(mesh_shape(config, 1), 0, device=torch.device("cpu")), SlicedBatches(config, 0, 1))
+    mesh = build_mesh(mesh_shape(config, 1), 0, device=torch.device("cpu"))
+    run = assemble(config, mesh, SlicedBatches(config, mesh))
     draw_weights(config, run.cut)
     run.optimizer.reset_master()
     loss_sum, _ = run.trainer.evaluate([global_batch(config, 1)])

@@ -49,18 +49,18 @@ class LiveStorages(TorchDispatchMode):
 
 @contextmanager
 def fake_run(case: Case, device_kind: str) -> Iterator[tuple[Assembly, Config]]:
-    """Rank 0 of the case, on fake tensors."""
+    """Rank 0 of the case, on meta tensors."""
     config = case.config()
-    with rehearsed_world(0, case.world_size) as (_, _mode):
+    with rehearsed_world(0, case.world_size):
         shape = mesh_shape(config, case.world_size)
-        mesh = build_mesh(shape, 0, device=torch.device("cpu"), device_kind=device_kind)
-        yield assemble(config, mesh, SlicedBatches(config, 0, case.dp)), config
+        mesh = build_mesh(shape, 0, device=torch.device("meta"), device_kind=device_kind)
+        yield assemble(config, mesh, SlicedBatches(config, mesh)), config
 
 
 def kept_bytes(case: Case, num_layers: int, device_kind: str) -> int:
     """What one microbatch's forward leaves behind, with so many layers."""
     with fake_run(replace(case, num_layers=num_layers), device_kind) as (run, config):
-        batch = global_batch(config, 1).microbatches(config.train.micro_batch_size)[0]
+        batch = run.trainer.batches.batch(1).microbatches(config.train.micro_batch_size)[0]
         run.trainer.pipeline.stage.model.train()
         with LiveStorages() as live:
             run.trainer.pipeline.stage.forward(0, batch, None, keep=True)
@@ -145,7 +145,7 @@ def test_microbatches_in_flight_do_not_mix() -> None:
     mesh = build_mesh(mesh_shape(config, 1), 0, device=torch.device("cpu"))
     gradients = []
     for order in ("one by one", "all in flight"):
-        run = assemble(config, mesh, SlicedBatches(config, 0, 1))
+        run = assemble(config, mesh, SlicedBatches(config, mesh))
         draw_weights(config, run.cut)
         run.optimizer.reset_master()
         run.trainer.grads.zero()
@@ -171,8 +171,8 @@ def test_microbatches_in_flight_do_not_mix() -> None:
 def test_dropout_adds_no_communication(recompute: str) -> None:
     def calls(dropout: float) -> list[str]:
         case = Case(tp=2, sequence=True, recompute=recompute, dropout=dropout)
-        with rehearsed_world(0, 2) as (recorder, _mode):
-            run_layout(0, case.config())
+        with rehearsed_world(0, 2) as recorder:
+            run_layout(0, case.config(), device=torch.device("meta"))
             return [str(call) for call in recorder.calls]
 
     assert calls(0.1) == calls(0.0)

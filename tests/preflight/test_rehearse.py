@@ -28,10 +28,10 @@ def world_size_of(config: Config) -> int:
 
 
 def corner_ranks(config: Config) -> list[int]:
-    """First, middle and last stage, each with the first tp and data rank and with the last of both."""
+    """First, middle and last stage, each with the first and the last tp and data rank."""
     shape = mesh_shape(config, world_size_of(config))
     stages = sorted({0, shape.pp // 2, shape.pp - 1})
-    corners = [{"dp": 0, "tp": 0}, {"dp": shape.dp - 1, "tp": shape.tp - 1}]
+    corners = [{"dp": dp, "tp": tp} for dp in {0, shape.dp - 1} for tp in {0, shape.tp - 1}]
     return sorted({shape.rank_of({"pp": stage, **corner}) for stage in stages for corner in corners})
 
 
@@ -62,7 +62,7 @@ def test_every_shipped_config_builds_and_steps_at_full_size() -> None:
 
 
 def record_real_run(rank: int, config: Config, world_size: int, recorder: Recorder) -> list[Call]:
-    play(config, rank, world_size, device_kind="cpu", device_copy=lambda x: x)
+    play(config, rank, world_size, device=torch.device("cpu"), device_kind="cpu")
     return recorder.calls
 
 
