@@ -60,6 +60,13 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("source"), py::arg("size"), py::arg("offsets"), py::arg("rows"), py::arg("width"), py::arg("out"), py::kw_only(),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
+      "permute",
+      [](Address values, int64_t n, uint64_t size, uint64_t rows, uint64_t columns, Address keys, int num_rounds) {
+        permute(at<uint64_t>(values), n, size, rows, columns, at<const uint64_t>(keys), num_rounds);
+      },
+      py::arg("values"), py::arg("n"), py::arg("size"), py::arg("rows"), py::arg("columns"), py::arg("keys"), py::arg("num_rounds"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "megatron_sample_index",
       [](Address lengths, int64_t num_lengths, Address documents, int64_t num_documents, int64_t sequence_length, int64_t num_samples,
          Address out) {

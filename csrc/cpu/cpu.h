@@ -41,6 +41,9 @@ std::pair<int64_t, int64_t> gather_uint16(const uint16_t* source, int64_t size, 
 std::pair<int64_t, int64_t> gather_int32(const int32_t* source, int64_t size, const int64_t* offsets, int64_t rows, int64_t width,
                                          int64_t* out, int threads);
 
+// Where a keyed permutation of [0, size) takes each of n values, in place: megatronish/data/permutation.py, which names the method.
+void permute(uint64_t* values, int64_t n, uint64_t size, uint64_t rows, uint64_t columns, const uint64_t* keys, int num_rounds);
+
 // Rows [0, num_samples] of (position in `documents`, offset in that document) at which samples begin, int64 pairs.
 // Throws std::out_of_range when the documents run out or one of them is not in [0, num_lengths).
 void megatron_sample_index(const int32_t* lengths, int64_t num_lengths, const int32_t* documents, int64_t num_documents,

@@ -1,4 +1,4 @@
-// Indices of megatron-core's order of samples (megatron/core/datasets/helpers.cpp), entry for entry.
+// Orders of samples: our keyed permutation, and indices of megatron-core's (megatron/core/datasets/helpers.cpp), entry for entry.
 
 #include <algorithm>
 #include <stdexcept>
@@ -6,6 +6,30 @@
 #include "cpu.h"
 
 namespace megatronish {
+namespace {
+
+inline uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+}  // namespace
+
+void permute(uint64_t* values, int64_t n, uint64_t size, uint64_t rows, uint64_t columns, const uint64_t* keys, int num_rounds) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t value = values[i];
+    do {
+      uint64_t left = value / columns, right = value % columns;
+      for (int round = 0; round < num_rounds; ++round) {
+        if (round % 2 == 0) left = (left + mix(right ^ keys[round]) % rows) % rows;
+        else right = (right + mix(left ^ keys[round]) % columns) % columns;
+      }
+      value = left * columns + right;
+    } while (value >= size);
+    values[i] = value;
+  }
+}
 
 void megatron_sample_index(const int32_t* lengths, int64_t num_lengths, const int32_t* documents, int64_t num_documents,
                            int64_t sequence_length, int64_t num_samples, int64_t* out) {

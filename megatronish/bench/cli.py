@@ -93,6 +93,36 @@ def checkpoint(
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
+@app.command()
+def data(
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 5,
+    samples: Annotated[int, typer.Option(min=8, help="Samples that each variant reads in a round.")] = 8000,
+    tokens: Annotated[int, typer.Option(min=1_000_000, help="Tokens of the set that is written, then read.")] = 64_000_000,
+    megabytes: Annotated[int, typer.Option(min=1, help="Text that is tokenized in a round, in MB.")] = 64,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that encode, for both variants.")] = 2,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; by default one is learned from the text.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where files go, some hundred MB. Default: a temporary folder.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+) -> None:
+    """Read samples, write token files and tokenize text against megatron-core, in one interleaved run; the files must be equal.
+
+    Example: megatronish bench data --rounds 5 --json data.json
+    """
+    import tempfile
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bench: Any = importlib.import_module("megatronish.bench.data")
+    with tempfile.TemporaryDirectory() as temporary, Progress(transient=True) as progress:
+        task = progress.add_task("rounds", total=rounds)
+        sizes = bench.DataBench(folder or Path(temporary), rounds, samples, tokens, megabytes, workers, tokenizer)
+        result = bench.measure(sizes, lambda number: progress.update(task, completed=number + 1))
+    Console().print(bench.render(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def _print_checkpoint(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table

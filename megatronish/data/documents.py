@@ -31,9 +31,9 @@ SEGMENT_BYTES = 4 << 20
 MAX_LINE_BYTES = 64 << 20
 _WINDOW = 1 << 16
 # A cut here changes no token: the pre-tokenizers of GPT-2 and its heirs never join a line end between two visible characters to
-# what follows it.
-_CUT = re.compile(rb"[!-~]\n(?=[!-~])")
-_TEXT_CUT = re.compile(r"[!-~]\n(?=[!-~])")
+# what follows it, nor a word to the space before the next one. The second is for texts without such a line end.
+_CUTS = tuple(re.compile(pattern) for pattern in (rb"[!-~]\n(?=[!-~])", rb"[A-Za-z](?= [A-Za-z])"))
+_TEXT_CUTS = tuple(re.compile(pattern.pattern.decode()) for pattern in _CUTS)
 
 Reason = Literal["bad JSON", "not an object", "no text", "text is null", "text is no string", "invalid UTF-8", "too long", "empty"]
 """Why a document is left out."""
@@ -144,8 +144,8 @@ def cut_text(text: str, *, size: int) -> Iterator[str]:
     """Pieces of about `size` characters (at most twice that), cut where it changes no token if there is such a place."""
     begin = 0
     while len(text) - begin > 2 * size:
-        match = _TEXT_CUT.search(text, begin + size, begin + 2 * size)
-        end = match.end() if match else begin + 2 * size
+        matches = (cut.search(text, begin + size, begin + 2 * size) for cut in _TEXT_CUTS)
+        end = next((match.end() for match in matches if match), begin + 2 * size)
         yield text[begin:end]
         begin = end
     yield text[begin:]
@@ -163,11 +163,12 @@ def _plan_text(path: Path, segment_bytes: int) -> Iterator[Segment]:
 
 def _find_cut(file: BinaryIO, begin: int, limit: int) -> int:
     """The first place in [begin, limit) where a cut changes no token, else the last character boundary before `limit`."""
-    for position in range(begin, limit, _WINDOW):
-        file.seek(position)
-        window = file.read(min(_WINDOW, limit - position) + 2)  # a match that begins on the window's last byte takes two more
-        if match := _CUT.search(window):
-            return position + match.end()
+    for cut in _CUTS:
+        for position in range(begin, limit, _WINDOW):
+            file.seek(position)
+            window = file.read(min(_WINDOW, limit - position) + 2)  # a match that begins on the window's last byte takes two more
+            if match := cut.search(window):
+                return position + match.end()
     file.seek(limit - 4)
     tail = file.read(5)
     back = next((k for k in range(4) if tail[4 - k] & 0xC0 != 0x80), 0)

@@ -6,6 +6,7 @@ a rehearsal makes meta tensors of them there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -20,6 +21,8 @@ from megatronish.batch import Batch
 from megatronish.batch_schedule import BatchSchedule
 from megatronish.data.gpt_dataset import TokenDataset, TrainingDataset
 from megatronish.data.sampler import sample_numbers
+
+_MAX_BUFFERS = 4  # batches alive at a time: one in use, one made ahead, and room for a caller that keeps some
 
 DeviceCopy = Callable[[Tensor], Tensor]
 """CPU tensor -> tensor on the device. Runs in the prefetch thread, where the current device is the default one: name the device."""
@@ -55,6 +58,7 @@ class BatchLoader:
         self._ahead: tuple[int, Future[Batch]] | None = None
         for stage in schedule.stages:  # now rather than when its first step comes
             self.sample_numbers(stage.first_step)
+        self._buffers = _Buffers()
         self._constant: dict[int, tuple[Tensor, Tensor]] = {}
 
     def sample_numbers(self, step: int) -> NDArray[np.int64]:
@@ -106,7 +110,31 @@ class BatchLoader:
             ones = np.ones(len(tokens), np.float32)
             self._constant = {len(tokens): _mask_and_positions(ones, tokens.shape[1] - 1, self._device_copy)}
         documents = self.dataset.document_numbers(ids) if self._separate_documents else None
-        return _to_batch(tokens, self.sample_numbers(step), self._constant[len(tokens)], documents, self._device_copy)
+        buffer = self._buffers.take((tokens.shape[1], len(tokens)))
+        return _to_batch(tokens, self.sample_numbers(step), self._constant[len(tokens)], documents, self._device_copy, buffer)
+
+
+class _Buffers:
+    """Arrays for batches, used again once no tensor looks at them: fresh memory costs a page fault for every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.int64]] = [np.empty((0, 0), np.int64)]
+        # How many references an array has that only the list holds differs between versions of Python.
+        self._unused = next(references for _, references in self._counted())
+        self._arrays.clear()
+
+    def take(self, shape: tuple[int, int]) -> NDArray[np.int64]:
+        """An array that nothing else refers to."""
+        # A tensor made by from_numpy refers to its array as long as it, or a view of it, lives.
+        free = [i for i, references in self._counted() if references == self._unused and self._arrays[i].shape == shape]
+        if free:
+            return self._arrays[free[0]]
+        self._arrays = [*self._arrays[-_MAX_BUFFERS + 1 :], np.empty(shape, np.int64)]
+        return self._arrays[-1]
+
+    def _counted(self) -> Iterator[tuple[int, int]]:
+        for i, array in enumerate(self._arrays):
+            yield i, sys.getrefcount(array)
 
 
 def evaluation_batches(
@@ -155,10 +183,14 @@ def _to_batch(
     mask_and_positions: tuple[Tensor, Tensor],
     documents: NDArray[np.int64] | None,
     device_copy: DeviceCopy,
+    buffer: NDArray[np.int64] | None = None,
 ) -> Batch:
     """[B, S+1] -> inputs and labels [S, B]: contiguous views of one [S+1, B], so one transposition and one copy make both.
-    `documents`: numbers [B, S], where they are to be kept apart."""
-    tokens_SB = device_copy(torch.from_numpy(tokens.T.copy()))
+    `documents`: numbers [B, S], where they are to be kept apart. `buffer`: [S+1, B], to hold the tokens."""
+    if buffer is None:
+        buffer = np.empty(tokens.shape[::-1], np.int64)
+    np.copyto(buffer, tokens.T)
+    tokens_SB = device_copy(torch.from_numpy(buffer))
     (mask_SB, positions_SB), documents_SB = mask_and_positions, None
     if documents is not None:
         positions_SB = device_copy(torch.from_numpy(restarted_positions(documents).T.copy()))

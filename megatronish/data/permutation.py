@@ -15,6 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from megatronish import native
+
 _MASK = (1 << 64) - 1
 _MUL_1, _MUL_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 NUM_ROUNDS = 4
@@ -49,7 +51,16 @@ class Permutation:
                 return index
 
     def map(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`[self(i) for i in indices]`, vectorised."""
+        """`[self(i) for i in indices]`, native where built, else vectorised."""
+        function = getattr(native.cpu, "permute", None)
+        if function is None:
+            return self.map_reference(indices)
+        values, keys = indices.astype(np.uint64, order="C"), np.array(self.keys, np.uint64)
+        function(values.ctypes.data, values.size, self.size, *self._sides(), keys.ctypes.data, len(self.keys))
+        return values.view(np.int64)
+
+    def map_reference(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`map` in numpy."""
         result = self._turn(indices.astype(np.uint64))
         while (outside := np.flatnonzero(result >= np.uint64(self.size))).size:
             result[outside] = self._turn(result[outside])

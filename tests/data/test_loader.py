@@ -183,3 +183,12 @@ def test_a_limited_evaluation_reads_the_first_batches():
 def test_ranks_that_do_not_divide_the_batch_are_refused_at_once():
     with pytest.raises(UserError, match=r"train\.global_batch_size=4"):
         loader(data_size=3)
+
+
+def test_a_batch_that_is_kept_is_not_written_over_and_one_that_is_dropped_gives_its_memory_back():
+    with loader(prefetch="none") as batches:
+        kept = [batches.batch(step).labels_SB for step in range(9)]
+        copies = [labels.clone() for labels in kept]
+        places = {batches.batch(step).tokens_SB.data_ptr() for step in range(9, 29)}
+        assert all(torch.equal(labels, copy) for labels, copy in zip(kept, copies, strict=True))
+    assert len(places) == 1

@@ -58,3 +58,11 @@ def test_the_order_never_changes_between_versions():
 
 
 GOLDEN = [601716, 832231, 19735, 256276, 958091, 31374]
+
+
+@settings(max_examples=200)
+@given(size=st.integers(1, 2**62), key=st.integers(0, 2**64 - 1), data=st.data())
+def test_the_native_map_equals_numpys(size, key, data):
+    indices = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), np.int64)
+    permutation = Permutation.keyed(size, key)
+    np.testing.assert_array_equal(permutation.map(indices), permutation.map_reference(indices))
