@@ -145,6 +145,8 @@ def prepare(request: Request, world_size: int) -> tuple[Config, GPTDataset, Text
     dataset = GPTDataset(request.data, sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size)
     tokenizer = config.data.tokenizer
     measure = None if tokenizer is None else TextMeasure.load(tokenizer, vocab_size=config.model.vocab_size)
+    if measure is not None:
+        measure.check_made(request.data)
     return config, dataset, measure
 
 

@@ -35,6 +35,9 @@ def open_datasets(config: Config) -> Datasets:
     measure = None
     if data.tokenizer is not None:
         measure = TextMeasure.load(data.tokenizer, vocab_size=config.model.vocab_size)
+        sources = [data.train] if isinstance(data.train, str) else [source.prefix for source in data.train]
+        for prefix in (*sources, *([data.validation] if data.validation else [])):
+            measure.check_made(prefix)
     return Datasets(train, validation, measure)
 
 

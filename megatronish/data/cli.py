@@ -124,6 +124,7 @@ def _progress(what: str, *, unit: Literal["bytes", "tokens"] = "tokens") -> Iter
 
     speed = (TransferSpeedColumn(),) if unit == "bytes" else ()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *speed, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

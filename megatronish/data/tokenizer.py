@@ -96,6 +96,14 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(vocabulary).encode())
 
 
+def set_vocabulary(prefix: str) -> int | None:
+    """The fingerprint of the vocabulary that made a set, as PREFIX.json has it; None where that file does not say."""
+    try:
+        return int(json.loads(Path(f"{prefix}.json").read_text())["vocabulary"], 16)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
     """int64 [largest id + 1]: bytes of text behind each token; 0 for special tokens.
 
