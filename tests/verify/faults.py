@@ -120,21 +120,6 @@ def decay_reaches_every_parameter() -> Patch:
     return assemble, "plan_buckets", faulty
 
 
-def the_ends_of_a_tied_model_are_not_summed() -> Patch:
-    """Each end updates its copy of the embedding by its own gradient."""
-    make = assemble.make_param_layout
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        layout = make(*args, **kwargs)
-        placements = {
-            name: replace(p, sum_gradient_over=tuple(axis for axis in p.sum_gradient_over if axis != "ends"))
-            for name, p in layout.placements.items()
-        }
-        return replace(layout, placements=placements)
-
-    return assemble, "make_param_layout", faulty
-
-
 def a_tied_embedding_is_reduced_at_its_first_gradient() -> Patch:
     """On one stage the projection's gradient comes long before the lookup's."""
     plan = assemble.plan_buckets
@@ -143,17 +128,6 @@ def a_tied_embedding_is_reduced_at_its_first_gradient() -> Patch:
         return [replace(bucket, tied=False) for bucket in plan(*args, **kwargs)]
 
     return assemble, "plan_buckets", faulty
-
-
-def a_row_bias_is_added_by_every_rank() -> Patch:
-    """Before the sum over tp instead of after it."""
-    forward = tensor.RowParallelLinear.forward
-
-    def faulty(self: tensor.RowParallelLinear, x: Tensor) -> Tensor:
-        out = forward(self, x)
-        return out if self.bias is None else out + self.bias.detach() * (self.tp.group.size - 1)
-
-    return tensor.RowParallelLinear, "forward", faulty
 
 
 def row_biases_and_positions_see_a_part_of_the_tokens() -> Patch:
@@ -256,9 +230,7 @@ FAULTS: dict[str, Callable[[], Patch]] = {
         tied_embeddings_are_not_summed,
         a_bias_is_added_on_every_tp_rank,
         dropout_is_the_same_in_every_microbatch,
-        the_ends_of_a_tied_model_are_not_summed,
         a_tied_embedding_is_reduced_at_its_first_gradient,
-        a_row_bias_is_added_by_every_rank,
         row_biases_and_positions_see_a_part_of_the_tokens,
         the_last_backward_of_one_chunk_is_that_of_all,
     )
