@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from megatronish import checkpointing, formulas
 from megatronish.assemble import Assembly
 from megatronish.comm import streams
-from megatronish.comm.host import read_values
+from megatronish.comm.host import read_scalar, read_values
 from megatronish.data.loader import evaluation_batches
+from megatronish.early_stopping import EarlyStopping
 from megatronish.errors import RunStopped
 from megatronish.not_finite import require_sound_steps
 from megatronish.observe.metrics import MetricsWriter
+from megatronish.observe.profile import ProfileWindow
 from megatronish.observe.progress import TrainingProgress
+from megatronish.observe.requests import RequestFiles, Requests
 from megatronish.surroundings import Datasets, Share, Surroundings
 from megatronish.trainer import StepResult
+from megatronish.training_samples import TrainingSamples, write_samples
 
 
 @dataclass
@@ -32,9 +37,26 @@ class AfterStep:
     metrics: MetricsWriter | None
     progress: TrainingProgress | None
     peak_tflops: float
+    early_stopping: EarlyStopping
 
     def __post_init__(self) -> None:
         self._since = (0, time.perf_counter())
+        config, mesh, folder = self.run.config, self.run.mesh, self.around.folder
+        is_file_writer = self.around.keeps_files and mesh.rank == 0
+        self.requests = RequestFiles(folder.path, looks=is_file_writer)
+        for path in self.requests.remove_old():
+            self.around.log.warning("removed %s: it was there before this start", path)
+        self.profile = ProfileWindow(
+            folder.path,
+            rank=mesh.rank,
+            steps=config.observe.profile_steps if self.around.keeps_files else None,
+            device_kind=mesh.device_kind,
+            wait=partial(streams.synchronize, mesh.device),
+            log=self.around.log.info,
+        )
+        self.samples = None
+        if config.observe.sample_interval:
+            self.samples = TrainingSamples(self.run, config.observe.sample_prompts, self.datasets.tokenizer)
         self.saver = checkpointing.Saver(
             self.run,
             self.around.folder.checkpoints,
@@ -45,19 +67,68 @@ class AfterStep:
             work="thread" if self.around.keeps_files else "inline",
         )
 
-    def __call__(self, result: StepResult) -> None:
-        """Log, evaluate and save as the config says. Collective over the job."""
-        config, step = self.run.config, result.step
+    def begin(self, first_step: int) -> None:
+        """Called before the first step of this life. Collective over the job."""
+        if first_step == 1:
+            self.evaluate(0)
+        if self.run.config.observe.memory_snapshot_step is not None and not streams.record_memory(self.run.mesh.device):
+            self.around.log.info("observe.memory_snapshot_step: a CPU has no allocator history; nothing will be written")
+        self.profile.before(first_step)
+
+    def __call__(self, result: StepResult) -> bool:
+        """Log, evaluate, sample and save as the config says, and on log steps as RUN/STOP and RUN/SAVE ask. Collective over the
+        job. Returns whether the run goes on: False after the last step, on request, and where early stopping ends it."""
+        config, step, asked = self.run.config, result.step, Requests()
         self.saver.between_steps()
         is_last = step == config.num_steps
-        must_save = is_last or (config.checkpoint.interval is not None and step % config.checkpoint.interval == 0)
-        if step % config.observe.log_interval == 0 or must_save or self._since[0] == 0:
+        must_save = is_last or _is_due(step, config.checkpoint.interval)
+        if _is_due(step, config.observe.log_interval) or must_save or self._since[0] == 0:
             self.report(result)
-        interval = config.train.eval_interval
-        if interval and (step % interval == 0 or is_last):
+            asked = self.requests.ask(world=self.run.mesh.groups["world"], device=self.run.mesh.device)
+        if _is_due(step, config.train.eval_interval) or (is_last and config.train.eval_interval):
             self.evaluate(step)
-        if must_save:
+        if _is_due(step, config.observe.sample_interval) or (is_last and config.observe.sample_interval):
+            self.sample(step)
+        ends = is_last or asked.stop or self.is_out_of_patience(step)
+        if must_save or asked.save or ends:
             self.save(step)
+        if asked.stop and not is_last:
+            self.around.log.info("stopped after step %d of %d, as RUN/STOP asked; the same command goes on", step, config.num_steps)
+        self.requests.answered(asked)
+        if step == config.observe.memory_snapshot_step and self.around.keeps_files:
+            self.write_memory_snapshot()
+        self.profile.after(step)
+        self.profile.before(step + 1)
+        return not ends
+
+    def close(self) -> None:
+        """After the last step, or an error."""
+        self.profile.close()
+
+    def is_out_of_patience(self, step: int) -> bool:
+        """Whether held-out loss has not fallen for train.patience evaluations: the same answer on every rank, since the loss is."""
+        # A rehearsal, where every loss is 1, goes on.
+        exhausted = bool(read_scalar(torch.tensor(float(self.early_stopping.is_exhausted)), 0.0))
+        if exhausted:
+            self.around.log.info("early stopping after step %d: %s", step, self.early_stopping.describe())
+        return exhausted
+
+    def sample(self, step: int) -> None:
+        """Continue the prompts. Collective over the job."""
+        assert self.samples is not None
+        started = streams.wall_time(self.run.mesh.device)
+        tokens = self.samples.draw()
+        if self.progress is not None:
+            texts, path = self.samples.texts(tokens), self.around.folder.path
+            write_samples(path, step=step, prompts=self.samples.prompts, texts=texts, show=self.progress.print)
+        self._skip(time.perf_counter() - started)
+
+    def write_memory_snapshot(self) -> None:
+        """The allocator's history so far, of a GPU."""
+        path = self.around.folder.path / "profile" / f"memory-rank-{self.run.mesh.rank:05d}.pickle"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if streams.write_memory_history(self.run.mesh.device, path):
+            self.around.log.info("wrote %s; open it in https://pytorch.org/memory_viz", path)
 
     def report(self, result: StepResult) -> None:
         """Write the step's numbers: the only place of a step where the host waits for the device. RunStopped, on every rank,
@@ -112,6 +183,7 @@ class AfterStep:
         size = config.train.global_batch_size
         batches = evaluation_batches(validation, num_batches=config.train.eval_steps, global_batch_size=size, **self.share)
         loss_sum, num_targets = read_values(torch.stack(self.run.trainer.evaluate(batches)), [1.0, 1.0])
+        self.early_stopping.update(loss_sum / num_targets)
         values = {"eval_loss": loss_sum / num_targets, "eval_perplexity": math.exp(min(loss_sum / num_targets, 700.0))}
         # One rank reads the text for it.
         if self.metrics is not None and self.datasets.measure is not None:
@@ -127,9 +199,14 @@ class AfterStep:
     def save(self, step: int) -> None:
         """Save a checkpoint after `step`, or begin to. Collective over the job."""
         started = streams.wall_time(self.run.mesh.device)
-        self.saver.save(step)
+        self.saver.save(step, numbers={"early_stopping": self.early_stopping.state()})
         self._skip(time.perf_counter() - started)
 
     def _skip(self, seconds: float) -> None:
         """Leave time that was not training out of the next report's rate."""
         self._since = (self._since[0], self._since[1] + seconds)
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    """0 and None: never."""
+    return bool(interval) and step % interval == 0  # type: ignore[operator]

@@ -201,6 +201,12 @@ def evaluation_steps(config: Config, mesh: Mesh) -> list[Step]:
     return lower(forwards, mesh.index("pp"))
 
 
+def forward_steps(config: Config, mesh: Mesh) -> list[Step]:
+    """The forward of one microbatch through all parts, lowered."""
+    forwards: list[Action] = [Forward(0, chunk) for chunk in range(config.parallel.num_chunks)]
+    return lower([forwards] * mesh.size("pp"), mesh.index("pp"))
+
+
 def parameters_by_chunk(model: nn.Module, chunks: Sequence[range]) -> list[list[nn.Parameter]]:
     """The parameters that each chunk of a stage uses. What a model defines before its layers runs before the first of them, what it
     defines after them runs after the last; a stage that has only the last has what is before them too, tied."""

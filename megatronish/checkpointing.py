@@ -77,19 +77,19 @@ class Saver:
         self._is_first = run.mesh.rank == 0
         self._background = BackgroundSaver(work=work) if run.config.checkpoint.asynchronous else None
 
-    def save(self, step: int) -> None:
-        """Save the run after `step`. Waits for the device, and for the disk; in the background only for a save still under way.
-        RunStopped if steps are no longer applied: nothing is saved then."""
+    def save(self, step: int, *, numbers: Mapping[str, Any] | None = None) -> None:
+        """Save the run after `step`, and `numbers` (JSON) with it. Waits for the device, and for the disk; in the background only
+        for a save still under way. RunStopped if steps are no longer applied: nothing is saved then."""
         started = streams.wall_time(self._run.mesh.device)
         if self._background is None:
-            path = save_checkpoint(self._job(step))
+            path = save_checkpoint(self._job(step, numbers or {}))
             self._say(f"saved {path} in {time.perf_counter() - started:.1f} s")
             return
         if (before := self._background.step_under_way) is not None:
             self._warn(f"the save of step {step} waits for that of step {before}: the disk is slower than checkpoint.interval")
             self.finish()
             started = time.perf_counter()
-        self._background.start(self._job(step))
+        self._background.start(self._job(step, numbers or {}))
         waited = time.perf_counter() - started
         self._say(f"saving step {step} beside the steps that follow, which waited {waited:.2f} s for a copy of the state")
 
@@ -113,7 +113,7 @@ class Saver:
     def _warn(self, text: str) -> None:
         self._log.log(logging.WARNING if self._is_first else logging.DEBUG, "%s", text)
 
-    def _job(self, step: int) -> SaveJob:
+    def _job(self, step: int, numbers: Mapping[str, Any]) -> SaveJob:
         run = self._run
         run.optimizer.ensure_parameters()
         guard = require_sound_steps(run, log=self._warn)
@@ -126,6 +126,7 @@ class Saver:
             pieces_of_rank=pieces_of_rank(config, mesh, layout),
             shapes=tensor_specs(config, layout),
             state={
+                **numbers,
                 "step": step,
                 "consumed_samples": consumed_samples,
                 "consumed_tokens": consumed_samples * config.data.sequence_length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import Tensor
 
@@ -13,8 +13,13 @@ from megatronish.checkpoint.storage import FileStorage, Storage
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import TokenDataset, TrainingDataset
 from megatronish.data.open import open_sets
+from megatronish.data.tokenizer import load_tokenizer
+from megatronish.observe.wandb_run import require_wandb
 from megatronish.run_folder import RunFolder
 from megatronish.text_measure import TextMeasure
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,20 +30,24 @@ class Datasets:
     validation: TokenDataset | None
     measure: TextMeasure | None
     """Counts the bytes of the validation text, where a tokenizer is given."""
+    tokenizer: Tokenizer | None = None
+    """Where samples are to be drawn."""
 
 
 def open_datasets(config: Config) -> Datasets:
-    """Open both sets; UserError if they do not fit the config."""
+    """Open both sets; UserError if they do not fit the config, or if a package that it needs is not installed."""
+    require_wandb(config.observe.wandb_project)
     data = config.data
     num_samples = config.batch_schedule.consumed_after(config.num_steps)
     train, validation = open_sets(config, num_samples=num_samples, cache=RunFolder.of(config).path / "order")
-    measure = None
+    measure = tokenizer = None
     if data.tokenizer is not None:
         measure = TextMeasure.load(data.tokenizer, vocab_size=config.model.vocab_size)
         sources = [data.train] if isinstance(data.train, str) else [source.prefix for source in data.train]
         for prefix in (*sources, *([data.validation] if data.validation else [])):
             measure.check_made(prefix)
-    return Datasets(train, validation, measure)
+        tokenizer = load_tokenizer(data.tokenizer) if config.observe.sample_interval else None
+    return Datasets(train, validation, measure, tokenizer)
 
 
 @dataclass(frozen=True)

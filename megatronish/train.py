@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from megatronish import checkpointing, formulas
 from megatronish.after_step import AfterStep
-from megatronish.assemble import DTYPES, Assembly, assemble, draw_weights, mesh_shape
+from megatronish.assemble import DTYPES, Assembly, assemble, mesh_shape
 from megatronish.comm import barrier, streams
 from megatronish.comm.groups import world_group
 from megatronish.config import Config
 from megatronish.config_loader import load_config
 from megatronish.constraints import warnings
-from megatronish.data.gpt_dataset import TokenDataset
 from megatronish.data.loader import BatchLoader
-from megatronish.data.open import describe_train
-from megatronish.errors import UserError
+from megatronish.early_stopping import EarlyStopping
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
 from megatronish.observe.log import setup_logging
-from megatronish.observe.metrics import MetricsWriter
+from megatronish.observe.metrics import MetricsWriter, cut_rows
 from megatronish.observe.progress import TrainingProgress
+from megatronish.observe.wandb_run import WandbRun
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import Place, connect, disconnect, find_place
 from megatronish.rank_failure import RankGuard
+from megatronish.resume import resume_or_draw
 from megatronish.run_folder import RunFolder
 from megatronish.startup import config_facts, dry_batch, require_agreement, version_facts
 from megatronish.surroundings import Datasets, Share, Surroundings, open_datasets
+from megatronish.training_samples import FILE_NAME as SAMPLES_FILE
 
 
 def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
@@ -99,51 +98,41 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         schedule, seed = config.batch_schedule, config.train.seed
         loader = BatchLoader(datasets.train, seed=seed, schedule=schedule, prefetch=around.prefetch, **share)
         run = assemble(config, mesh, stack.enter_context(loader))
-        done = resume_or_draw(run, around.folder, datasets.train, log)
+        resumed = resume_or_draw(run, around.folder, datasets.train, log)
+        done, early_stopping = resumed.step, EarlyStopping(config.train.patience)
+        early_stopping.restore(resumed.numbers.get("early_stopping", {}))
         if is_writer:
             around.folder.record(config)
         log_facts(run, datasets, log)
         if done >= config.num_steps:
             log.info("step %d of %d: this run is complete; raise train.steps to go on", done, config.num_steps)
             return
+        if early_stopping.is_exhausted:
+            log.info("step %d of %d: this run has stopped early: %s", done, config.num_steps, early_stopping.describe())
+            return
         peak = peak_tflops(config, mesh, around.ranks_per_host)
         loss = dry_batch(run, done + 1)
         log.info("dry batch: loss %.4f; every parameter, the loss and the gradients are finite", loss)
         metrics = progress = None
         if is_writer:
-            metrics = MetricsWriter(around.folder.path, tensorboard=config.observe.tensorboard, first_step=done + 1 if done else 0)
-            stack.callback(metrics.close)
+            metrics = stack.enter_context(open_metrics(config, around.folder, first_step=done + 1 if done else 0))
             progress = stack.enter_context(TrainingProgress(total_steps=config.num_steps, first_step=done + 1, enabled=True))
-        after = AfterStep(run, datasets, around, share, metrics, progress, peak)
-        if done == 0:
-            after.evaluate(0)
+        after = AfterStep(run, datasets, around, share, metrics, progress, peak, early_stopping)
+        stack.callback(after.close)
+        after.begin(done + 1)
         for result in run.trainer.fit(done + 1, config.num_steps):
-            after(result)
+            if not after(result):
+                break
         after.saver.finish()
 
 
-def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log: logging.Logger) -> int:
-    """Load the newest checkpoint that verifies, or draw first weights; the number of steps done."""
-    # A refused checkpoint must be seen, but once: every rank learns the same verdict.
-    tell: Callable[[str], None] = log.warning if run.mesh.rank == 0 else log.debug
-    started = time.perf_counter()
-    state = checkpointing.load_newest(run, folder.checkpoints, log=tell)
-    if state is None:
-        draw_weights(run.config, run.cut)
-        run.optimizer.reset_master()
-        return 0
-    step, saved = int(state["step"]), state["layout"]
-    # An imported model has seen none of it.
-    if step and state["data_fingerprint"] != f"{dataset.fingerprint:016x}":
-        raise UserError(
-            f"{describe_train(run.config.data)} is not the data that {folder.path} was trained on (fingerprint "
-            f"{dataset.fingerprint:016x}, checkpoint {state['data_fingerprint']}): give that data, or another name"
-        )
-    folder.check_same_run(config_of(state), run.config, step=step)
-    assert int(state["consumed_samples"]) == run.config.batch_schedule.consumed_after(step), "the batch sizes of a run are fixed"
-    layout = " ".join(f"{axis}{saved[axis]}" for axis in ("pp", "dp", "tp"))
-    log.info("resumed after step %d, saved by layout %s, in %.1f s", step, layout, time.perf_counter() - started)
-    return step
+def open_metrics(config: Config, folder: RunFolder, *, first_step: int) -> MetricsWriter:
+    """Where the numbers of this life go. Drops what a life that was killed wrote past its checkpoint, of samples too."""
+    wandb = None
+    if config.observe.wandb_project is not None:
+        wandb = WandbRun(config.observe.wandb_project, name=config.name, run_dir=folder.path, config=config.model_dump(mode="json"))
+    cut_rows(folder.path / SAMPLES_FILE, first_step)
+    return MetricsWriter(folder.path, tensorboard=config.observe.tensorboard, first_step=first_step, wandb=wandb)
 
 
 def log_facts(run: Assembly, datasets: Datasets, log: logging.Logger) -> None:
@@ -168,11 +157,6 @@ def log_facts(run: Assembly, datasets: Datasets, log: logging.Logger) -> None:
     samples = config.batch_schedule.consumed_after(config.num_steps)
     for line in datasets.train.describe_epochs(samples).splitlines():
         log.info("data: %s", line)
-
-
-def config_of(state: Mapping[str, Any]) -> Config:
-    """The config that a checkpoint was saved under."""
-    return Config.model_validate(state["config"])
 
 
 def peak_tflops(config: Config, mesh: Mesh, ranks_per_host: int) -> float:

@@ -13,6 +13,7 @@ import pytest
 from megatronish.config_loader import load_config
 from megatronish.parallel.mesh import build_mesh
 from megatronish.parallel.rendezvous import Place
+from megatronish.resume import differing_settings
 from tests.ranks import ranks
 from tests.small_run import (
     THREE_D,
@@ -185,3 +186,29 @@ def test_a_run_refuses_other_data(finished: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert "is not the data" in error and "fingerprint" in error
+
+
+def test_every_setting_that_differs_is_a_row_of_a_table(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent / "runs/tiny", tmp_path / "tiny")
+    changed = (f"run_root={tmp_path}", "train.steps=22", "optim.lr=0.02", "parallel.tensor=2", "data.validation=null")
+    stderr = train_life(finished, *changed, world_size=4)
+    lines = stderr.splitlines()
+    start = next(i for i, line in enumerate(lines) if "settings that differ from the checkpoint's" in line)
+    rows = [line.split() for line in lines[start + 1 : start + 8]]
+    assert rows[0] == ["setting", "checkpoint", "config", "used"]
+    assert rows[2:] == [
+        ["run_root", f'"{finished.parent / "runs"}"', f'"{tmp_path}"', f'"{tmp_path}"'],
+        ["parallel.tensor", "1", "2", "2"],
+        ["data.validation", f'"{finished.parent / "heldout"}"', "null", "null"],
+        ["optim.lr", "0.01", "0.02", "0.02"],
+        ["train.steps", "20", "22", "22"],
+    ]
+    assert "setting" in (tmp_path / "tiny/logs/rank-00000.log").read_text()
+
+
+def test_the_number_of_data_ranks_is_in_the_table_though_no_config_gives_it(finished: Path, tmp_path: Path) -> None:
+    config = load_config(finished, [f"run_root={tmp_path}"])
+    same = load_config(finished)
+    rows = list(differing_settings(same, config, data_ranks=(2, 4)))
+    assert [(row.setting, row.checkpoint, row.config, row.used) for row in rows[1:]] == [("parallel.data", "2", "null", "4")]
+    assert list(differing_settings(same, same, data_ranks=(2, 2))) == []

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -61,6 +62,23 @@ def wall_time(device: torch.device) -> float:
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Most bytes that tensors held on the GPU so far; None on CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def record_memory(device: torch.device) -> bool:
+    """Begin to keep the history of a GPU's allocator; False on CPU, which has none."""
+    if device.type != "cuda":
+        return False
+    torch.cuda.memory._record_memory_history(max_entries=100_000, device=device)
+    return True
+
+
+def write_memory_history(device: torch.device, path: Path) -> bool:
+    """Write what `record_memory` has kept, and keep no more; False on CPU."""
+    if device.type != "cuda":
+        return False
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None, device=device)
+    return True
 
 
 def device_name(device: torch.device) -> str:

@@ -18,6 +18,8 @@ from megatronish.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from megatronish.observe.wandb_run import WandbRun
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -29,14 +31,15 @@ class MetricsWriter:
     0 at the start of a run (the evaluation before training), else the checkpoint's step + 1.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int) -> None:
+    def __init__(self, run_dir: Path, *, tensorboard: bool, first_step: int, wandb: WandbRun | None = None) -> None:
         path = run_dir / FILE_NAME
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _cut(path, first_step)
+            cut_rows(path, first_step)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); set run_root to a folder that can") from None
+        self._wandb = wandb
         self._board: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -51,12 +54,17 @@ class MetricsWriter:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)
             self._board.flush()
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def close(self) -> None:
         """Flush and close. Calling it again does nothing."""
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -75,8 +83,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
 
 
-def _cut(path: Path, first_step: int) -> None:
-    """Rewrite the file without the lines of `first_step` and later, and without those that cannot be read."""
+def cut_rows(path: Path, first_step: int) -> None:
+    """Rewrite a file of rows without those of `first_step` and later, and without lines that cannot be read."""
     if not path.exists():
         return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")

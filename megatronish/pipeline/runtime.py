@@ -109,6 +109,8 @@ class PipelineRuntime:
                 self._hand_on(message, output, mail)
             elif isinstance(step, Forward):
                 assert output is not None
+                if on_loss is not None:
+                    on_loss(step.microbatch, output)
                 total = total + output
         for exchange in mail.under_way:
             exchange.wait_sent()

@@ -1,0 +1,101 @@
+"""Resume a run from its newest checkpoint that verifies, or draw its first weights; say which settings are other ones now."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from megatronish import checkpointing
+from megatronish.assemble import Assembly, draw_weights
+from megatronish.config import Config
+from megatronish.data.gpt_dataset import TokenDataset
+from megatronish.data.open import describe_train
+from megatronish.errors import UserError
+from megatronish.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a life begins."""
+
+    step: int = 0
+    """Steps that are done."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """What the checkpoint holds beside tensors; nothing for a new run."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that is not what the checkpoint was saved under; values as text."""
+
+    setting: str
+    checkpoint: str
+    config: str
+    used: str
+    """What `config` comes to."""
+
+
+def resume_or_draw(run: Assembly, folder: RunFolder, dataset: TokenDataset, log: logging.Logger) -> Resumed:
+    """Load the newest checkpoint that verifies, or draw first weights. Collective over the job."""
+    # A refused checkpoint must be seen, but once: every rank learns the same verdict.
+    tell: Callable[[str], None] = log.warning if run.mesh.rank == 0 else log.debug
+    started = time.perf_counter()
+    state = checkpointing.load_newest(run, folder.checkpoints, log=tell)
+    if state is None:
+        draw_weights(run.config, run.cut)
+        run.optimizer.reset_master()
+        return Resumed()
+    step, saved = int(state["step"]), state["layout"]
+    # An imported model has seen none of it.
+    if step and state["data_fingerprint"] != f"{dataset.fingerprint:016x}":
+        raise UserError(
+            f"{describe_train(run.config.data)} is not the data that {folder.path} was trained on (fingerprint "
+            f"{dataset.fingerprint:016x}, checkpoint {state['data_fingerprint']}): give that data, or another name"
+        )
+    before = Config.model_validate(state["config"])
+    folder.check_same_run(before, run.config, step=step)
+    assert int(state["consumed_samples"]) == run.config.batch_schedule.consumed_after(step), "the batch sizes of a run are fixed"
+    layout = " ".join(f"{axis}{saved[axis]}" for axis in ("pp", "dp", "tp"))
+    log.info("resumed after step %d, saved by layout %s, in %.1f s", step, layout, time.perf_counter() - started)
+    differences = list(differing_settings(before, run.config, data_ranks=(int(saved["dp"]), run.mesh.shape.dp)))
+    if differences:
+        log.info("settings that differ from the checkpoint's:\n%s", as_table(differences))
+    return Resumed(step, state)
+
+
+def differing_settings(before: Config, now: Config, *, data_ranks: tuple[int, int]) -> Iterator[Difference]:
+    """Every leaf of the config that is another one, in the config's order. `data_ranks`: how many there were, and are."""
+    old, new = dict(_leaves(before.model_dump(mode="json"))), dict(_leaves(now.model_dump(mode="json")))
+    used = {**new, "parallel.data": data_ranks[1], "train.steps": now.num_steps}
+    for setting in dict.fromkeys((*new, *old)):
+        replicas_changed = setting == "parallel.data" and data_ranks[0] != data_ranks[1]
+        if old.get(setting) != new.get(setting) or replicas_changed:
+            checkpoint = data_ranks[0] if setting == "parallel.data" else old.get(setting)
+            yield Difference(setting, *map(json.dumps, (checkpoint, new.get(setting), used.get(setting))))
+
+
+def as_table(differences: Sequence[Difference]) -> str:
+    """setting | checkpoint | config | used, for a log."""
+    table = Table("setting", "checkpoint", "config", "used", box=SIMPLE_HEAD)
+    for row in differences:
+        table.add_row(row.setting, row.checkpoint, row.config, row.used)
+    text = io.StringIO()
+    Console(file=text, width=120, color_system=None, markup=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
