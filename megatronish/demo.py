@@ -1,6 +1,6 @@
 """`python -m megatronish.demo` (`make demo`): the whole route on a small model, from text that every machine with Python has.
 
-Text -> tokenizer -> token files -> training on 8 processes -> held-out text before and after -> loss.png. Running it again
+Text -> tokenizer -> token files -> training on 8 processes -> held-out text before and after -> loss.png -> samples. Running it again
 resumes, or shows the numbers again. Arguments are overrides, as for `megatronish train`: `... -m megatronish.demo train.steps=20`.
 """
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from megatronish.config import Config
 
 CONFIG = Path("configs") / "demo_cpu.yaml"
-NUM_STAGES = 6
+NUM_STAGES = 7
+PROMPTS = ("def main(", "import ", "    for i in range(")
 RECORD = "complete.json"
 RECIPE = 1  # raised when the same names come to hold something else
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run_demo(overrides: list[str]) -> int:
-    """The six stages, in order."""
+    """The seven stages, in order."""
     from megatronish.config_loader import load_config
     from megatronish.run_folder import RunFolder
 
@@ -70,6 +71,9 @@ def run_demo(overrides: list[str]) -> int:
 
         plot_loss(run_dir, run_dir / "loss.png")
         stages.say(f"drew {run_dir / 'loss.png'}")
+    with stages.stage("three samples of what it has learned"):
+        for prompt, text in continue_prompts(run_dir):
+            stages.say(f"--- {prompt!r} goes on:\n{prompt}{text}")
     stages.say(what_next(config, str(config_path), overrides))
     return 0
 
@@ -254,6 +258,19 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def continue_prompts(run_dir: Path) -> list[tuple[str, str]]:
+    """(prompt, what follows) of PROMPTS, from the newest checkpoint, in this process."""
+    from megatronish.comm import streams
+    from megatronish.generate.command import Request, generate, prepare
+    from megatronish.generate.sampling import Sampling
+    from megatronish.parallel.mesh import MeshShape, build_mesh
+
+    request = Request(run_dir, PROMPTS, Sampling(temperature=0.7, top_p=0.9), max_tokens=40)
+    device = streams.choose_device(0, 1)
+    _, samples = generate(prepare(request, 1), build_mesh(MeshShape(), 0, device=device))
+    return [(sample.prompt, sample.text) for sample in samples]
+
+
 def what_next(config: Config, config_path: str, overrides: Sequence[str]) -> str:
     """Commands to go on with, for this run as `overrides` made it."""
     from megatronish.run_folder import RunFolder
@@ -267,6 +284,7 @@ def what_next(config: Config, config_path: str, overrides: Sequence[str]) -> str
         f"The run is in {run_dir}: metrics.jsonl, loss.png, logs/, tensorboard/, checkpoints/.\n"
         "Next:\n"
         f"  {command} eval {run_dir} --data {config.data.validation}   # the same numbers, from the checkpoint, in one process\n"
+        f"  {command} generate {run_dir} --prompt 'class '   # more text\n"
         f"  {command} data inspect {config.data.train} --tokenizer {config.data.tokenizer}   # what it was trained on\n"
         f"  {command} train {config_path} {longer} parallel.tensor=1 parallel.pipeline=1 parallel.data={num_ranks} "
         f"--nproc {num_ranks}   # go on, on another layout\n"

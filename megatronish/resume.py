@@ -89,8 +89,9 @@ def as_table(differences: Sequence[Difference]) -> str:
     for row in differences:
         table.add_row(row.setting, row.checkpoint, row.config, row.used)
     text = io.StringIO()
-    Console(file=text, width=120, color_system=None, markup=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+    # As wide as it needs to be: a path that is cut in two cannot be copied.
+    Console(file=text, width=10_000, color_system=None, markup=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -59,9 +59,9 @@ class RunFolder:
             old, new = _get(before, key), _get(config, key)
             if old == new:
                 continue
-            fields = (
-                {f"{key}.{name}": (value, new[name]) for name, value in old.items()} if isinstance(old, dict) else {key: (old, new)}
-            )
+            fields = {key: (old, new)}
+            if isinstance(old, dict) and isinstance(new, dict):
+                fields = {f"{key}.{name}": (value, new[name]) for name, value in old.items()}
             problems += [
                 f"{name}={b}: {self.path} holds a run with {name}={a}; use that value, or another `name`"
                 for name, (a, b) in fields.items()

@@ -145,6 +145,8 @@ def fake_training(monkeypatch, tmp_path, library):
 
     monkeypatch.setitem(sys.modules, "megatronish.train", types.SimpleNamespace(main=train_main))
     monkeypatch.setattr(demo, "_num_gpus", lambda: 0)
+    # The fake trainer's checkpoint is an empty folder.
+    monkeypatch.setattr(demo, "continue_prompts", lambda run_dir: [(prompt, f" of {run_dir}") for prompt in demo.PROMPTS])
     monkeypatch.chdir(tmp_path)
     original = demo.prepare_data
     monkeypatch.setattr(demo, "prepare_data", lambda *args, **kwargs: original(*args, **kwargs, root=library))
@@ -161,7 +163,8 @@ def test_the_demo_trains_on_8_processes_and_tells_before_after_and_where(fake_tr
     text = capsys.readouterr().out
     for number in ("9.000", "5.000", "8,103.080", "148.410", "5.500", "3.050", "step 0", "step 20", "1,600 tokens/s"):
         assert number in text
-    assert all(f"{number}/6 " in text for number in range(1, 7))
+    assert all(f"{number}/7 " in text for number in range(1, 8))
+    assert all(f"\n{prompt} of runs/short" in text for prompt in demo.PROMPTS)
     assert "runs/short" in text and "eval runs/short --data runs/demo-data/heldout" in text
     assert (tmp_path / "runs/short/loss.png").stat().st_size > 10_000
 

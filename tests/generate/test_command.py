@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatronish import demo
 from megatronish.data.documents import find_files
 from megatronish.data.tokenize import tokenize
 from megatronish.data.tokenizer import load_tokenizer, train_tokenizer
@@ -95,6 +96,12 @@ def test_two_processes_print_what_one_prints(folder: Path) -> None:
     one, two = megatronish(*arguments), megatronish(*arguments, "--nproc", "2")
     assert one.returncode == two.returncode == 0, two.stderr
     assert one.stdout == two.stdout and one.stdout.startswith("-5 times")
+
+
+def test_the_demo_ends_with_three_samples(folder: Path) -> None:
+    samples = demo.continue_prompts(folder / "runs/tiny")
+    assert [prompt for prompt, _ in samples] == list(demo.PROMPTS) and len(samples) == 3
+    assert all(text for _, text in samples) and samples == demo.continue_prompts(folder / "runs/tiny")
 
 
 def without_tokenizer(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from megatronish.assemble import mesh_shape
 from megatronish.comm.recording import Call, Recorder
-from megatronish.config import Config
+from megatronish.config import BatchRamp, Config
 from megatronish.config_loader import load_config
 from megatronish.preflight.rehearse import play, rehearse, shortened
 from tests.parallel.parity import Case
@@ -90,3 +90,25 @@ def test_recorded_calls_equal_those_of_a_real_run(case: Case) -> None:
         for number, (expected, got) in enumerate(zip(real[rank], rehearsed, strict=False)):
             assert got == expected, f"rank {rank}, call {number}: real {expected}, rehearsed {got}"
         assert len(rehearsed) == len(real[rank]), f"rank {rank}"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(tp=2, pp=2, sequence=True, dtype="float32", num_microbatches=4), Case(pp=2, dp=2, dtype="float32", num_microbatches=4)],
+    ids=str,
+)
+def test_a_ramp_samples_and_patience_communicate_the_same_in_a_rehearsal(case: Case) -> None:
+    config = case.config()
+    size = config.train.global_batch_size
+    ramp = BatchRamp(start=size // 2, increment=size // 4, samples=size)  # steps of half, 3/4 and whole batches
+    train = {"steps": 4, "batch_ramp": ramp, "eval_interval": 2, "eval_steps": 1, "patience": 2}
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"validation": "none"}),
+            "train": config.train.model_copy(update=train),
+            "observe": config.observe.model_copy(update={"sample_interval": 2, "sample_prompts": ("a", "b"), "log_interval": 3}),
+        }
+    )
+    real = ranks(case.world_size).run(record_real_run, config, case.world_size, recorded=True)
+    for rank in range(case.world_size):
+        assert rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu") == real[rank], f"rank {rank}"
