@@ -1,7 +1,8 @@
 """`python -m megatronish.demo` (`make demo`): the whole route on a small model, from text that every machine with Python has.
 
-Text -> tokenizer -> token files -> training on 8 processes -> held-out text before and after -> loss.png -> samples. Running
-it again resumes, or shows the numbers again. Arguments are overrides, as for `megatronish train`: `... -m megatronish.demo train.steps=20`.
+Text -> tokenizer -> token files -> training on 8 processes -> held-out text before and after -> loss.png -> three samples. Running
+it again resumes, or shows the numbers again. Arguments are overrides, as for `megatronish train`: `... -m megatronish.demo
+train.steps=20`.
 """
 
 from __future__ import annotations
