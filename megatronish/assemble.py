@@ -35,7 +35,7 @@ from megatronish.parallel.recompute import recompute_blocks, recompute_selective
 from megatronish.parallel.tensor import TensorParallel, apply_plan, make_param_layout
 from megatronish.pipeline.lower import Step, lower
 from megatronish.pipeline.runtime import ActivationSpec, PipelineRuntime
-from megatronish.pipeline.schedules import Forward, actions_of_all_stages
+from megatronish.pipeline.schedules import Action, Forward, actions_of_all_stages
 from megatronish.pipeline.split import split_layers
 from megatronish.pipeline.stage import Stage
 from megatronish.trainer import BatchSource, Trainer
