@@ -73,6 +73,8 @@ def record_real_run(rank: int, config: Config, world_size: int, recorder: Record
         Case(tp=1, pp=4, dp=2, zero_stage=0, recompute="full", dtype="float32"),
         Case(tp=4, pp=2, sequence=True, recompute="full", dtype="bfloat16"),
         Case(tp=2, dp=3, dtype="float32"),
+        Case(pp=2, dp=3, zero_stage=2, dtype="float16"),
+        Case(tp=2, dp=2, zero_stage=2, sequence=True, architecture="gpt2", tie_embeddings=True, dtype="bfloat16"),
         Case(tp=2, pp=2, sequence=True, recompute=("selective", "full"), dropout=0.1, documents=True, label_smoothing=0.1),
         Case(architecture="gpt2", tie_embeddings=True, tp=2, pp=2, dp=2, sequence=True, dtype="float32"),
         Case(tp=2, pp=2, dp=2, schedule=("interleaved", 2), dtype="float32"),
