@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -82,10 +83,7 @@ def measure(bench: DataBench, on_round: Callable[[int], None] = lambda number: N
             for name, run in variants.items():
                 rates[part][name].append(run())
         on_round(number)
-    for ours, theirs in (("ours", "theirs"), ("text", "text-theirs")):
-        for suffix in ("bin", "idx"):
-            if not _same_bytes(bench.folder / f"{ours}.{suffix}", bench.folder / f"{theirs}.{suffix}"):
-                raise RuntimeError(f"{bench.folder}/{ours}.{suffix} and {theirs}.{suffix} differ")
+    require_same_files(bench.folder)
     return {
         "bench": "data",
         "units": {"write": "tokens/s", "read": "seconds a sample of 2,048 tokens", "tokenize": "bytes/s"},
@@ -103,6 +101,14 @@ def measure(bench: DataBench, on_round: Callable[[int], None] = lambda number: N
         "load_before": round(os.getloadavg()[0], 2),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def require_same_files(folder: Path) -> None:
+    """RuntimeError unless both variants made the same files."""
+    for ours, theirs in (("ours", "theirs"), ("text", "text-theirs")):
+        for suffix in ("bin", "idx"):
+            if (folder / f"{ours}.{suffix}").read_bytes() != (folder / f"{theirs}.{suffix}").read_bytes():
+                raise RuntimeError(f"{folder}/{ours}.{suffix} and {theirs}.{suffix} differ")
 
 
 def make_tokens(count: int) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
@@ -236,7 +242,9 @@ def _encode_line(line: str) -> tuple[list[int], list[int]]:
 
 def _import_megatron() -> SimpleNamespace:
     try:
-        from megatron.core.datasets import gpt_dataset, indexed_dataset, utils
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it would like to have for training
+            from megatron.core.datasets import gpt_dataset, indexed_dataset, utils
     except ImportError as error:
         raise UserError(
             f"bench data compares with megatron-core, which is not there ({error}); pip install megatron-core"
@@ -289,10 +297,6 @@ def _ratio(part: str, rates: dict[str, list[float]]) -> float:
     """Ours over theirs, median of the rounds' ratios; above 1 is faster."""
     pairs = zip(rates["megatronish"], rates["megatron-core"], strict=True)
     return statistics.median(theirs / ours if part == "read" else ours / theirs for ours, theirs in pairs)
-
-
-def _same_bytes(a: Path, b: Path) -> bool:
-    return a.read_bytes() == b.read_bytes()
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from megatronish.bench import data as module
 from megatronish.bench.cli import app
-from megatronish.bench.data import DataBench, measure
+from megatronish.bench.data import DataBench, measure, require_same_files
 
 pytest.importorskip("megatron.core.datasets.gpt_dataset", reason="megatron-core is not installed (a test extra)")
 
@@ -29,10 +29,14 @@ def test_both_variants_make_the_same_files_and_every_rate_is_there(result):
     json.dumps(result)
 
 
-def test_files_that_differ_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_same_bytes", lambda a, b: a.name != "text.bin")
-    with pytest.raises(RuntimeError, match=r"text\.bin and text-theirs\.bin differ"):
-        measure(DataBench(tmp_path, 1, 64, 1_000_000, 1, 2))
+def test_files_that_differ_are_an_error(tmp_path):
+    for name in ("ours", "theirs", "text", "text-theirs"):
+        for suffix in ("bin", "idx"):
+            (tmp_path / f"{name}.{suffix}").write_bytes(b"same")
+    require_same_files(tmp_path)
+    (tmp_path / "text.idx").write_bytes(b"Same")
+    with pytest.raises(RuntimeError, match=r"text\.idx and text-theirs\.idx differ"):
+        require_same_files(tmp_path)
 
 
 def test_the_command_prints_a_table_and_writes_the_numbers(tmp_path, result, monkeypatch):
