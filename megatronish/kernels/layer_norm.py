@@ -19,10 +19,9 @@ def reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor
 
 
 def _forward(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    # Widened first: torch's CPU kernel rounds mean and 1 / deviation to bfloat16 for bfloat16 inputs.
-    wide = accumulate_dtype(x)
-    y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight_D.to(wide), bias_D.to(wide), eps)
-    return y.to(x.dtype), mean, rstd
+    # torch's CPU kernel keeps statistics in the weights' dtype: those are widened. Its GPU kernel widens, and wants one dtype.
+    wide = x.dtype if x.device.type == "cuda" else accumulate_dtype(x)
+    return torch.native_layer_norm(x, x.shape[-1:], weight_D.to(wide), bias_D.to(wide), eps)
 
 
 def _forward_fake(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,6 +30,7 @@ def _forward_fake(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tu
 
 
 def _backward(dy: Tensor, x: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # All of it widened: for bfloat16 inputs torch's CPU kernel sums dweight with an error above its rounding.
     wide = rstd.dtype
     dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
         dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, weight_D.to(wide), None, [True, True, False]
