@@ -228,9 +228,10 @@ def _short(number: float) -> str:
 def _summary(config: Config, world: int | None) -> str:
     formulas = importlib.import_module("megatronish.formulas")
     parallel, tokens = config.parallel, config.train.global_batch_size * config.data.sequence_length
+    ramp = "" if config.train.batch_ramp is None else f" after a ramp from {config.train.batch_ramp.start} samples"
     facts = [
         f"{_short(formulas.num_parameters(config.model))} parameters",
-        f"{config.num_steps:,} steps of {tokens:,} tokens",
+        f"{config.num_steps:,} steps of {tokens:,} tokens{ramp}",
     ]
     if world is None and parallel.data is not None:
         world = parallel.tensor * parallel.pipeline * parallel.data

@@ -31,9 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_layout_of_eight_ranks_writes_the_texts_of_one_process(folder: Path) -> None:
-    stderr = train_life(folder / "config.yaml", "name=eight", *THREE_D, *ASKED, world_size=8)
-    rows = rows_of(folder / "runs/eight")
+INTERLEAVED = ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.num_chunks=2")
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [(THREE_D, 8), (INTERLEAVED, 2)], ids=["tp2-pp2-dp2", "interleaved"])
+def test_any_layout_writes_the_texts_of_one_process(layout: tuple[str, ...], world_size: int, folder: Path) -> None:
+    stderr = train_life(folder / "config.yaml", f"name=on-{world_size}", *layout, *ASKED, world_size=world_size)
+    rows = rows_of(folder / f"runs/on-{world_size}")
     assert rows == rows_of(folder / "runs/one")
     assert [(row["step"], row["prompt"]) for row in rows] == [(step, prompt) for step in (4, 6) for prompt in PROMPTS]
     assert "step 4: sample: " + json.dumps(PROMPTS[0] + rows[0]["text"], ensure_ascii=False) in stderr
