@@ -193,6 +193,12 @@ def data(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def pipeline(context: typer.Context) -> None:
+    """Draw pipeline schedules."""
+    _sub_app("megatronish.pipeline.cli", context)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure parts against their reference and their limit."""
     _sub_app("megatronish.bench.cli", context)

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": ("config", "batch", "batch_schedule", "comm", "native"),
     "models": ("config", "layout", "batch", "kernels", "comm.random"),
     "parallel": ("config", "layout", "comm", "kernels"),
-    "pipeline": ("config", "batch", "comm"),
+    "pipeline": ("config", "batch", "comm", "formulas"),
     "optim": ("config", "layout", "comm", "kernels"),
     "checkpoint": ("layout", "comm"),
     "observe": ("config", "comm", "formulas"),
@@ -166,7 +166,7 @@ def missing_paths(readme: Path, text: str) -> list[str]:
 def unknown_commands(text: str) -> list[str]:
     """`megatronish ...` lines whose verbs or options do not exist."""
     app = typer.main.get_command(importlib.import_module("megatronish.cli").app)
-    modules = {"data": "megatronish.data.cli", "bench": "megatronish.bench.cli"}
+    modules = {verb: f"megatronish.{verb}.cli" for verb in ("data", "bench", "pipeline")}
     unknown = []
     for line in COMMAND.findall(text):
         command, known = app, True

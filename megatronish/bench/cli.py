@@ -123,6 +123,50 @@ def data(
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
+@app.command()
+def pipeline(
+    stages: Annotated[int, typer.Option(min=2, max=64, help="Stages, one local process each.")] = 4,
+    microbatches: Annotated[int, typer.Option(min=1, help="Microbatches of a step.")] = 8,
+    chunks: Annotated[int, typer.Option(min=2, help="Chunks of a stage of the interleaved schedule.")] = 2,
+    unit_ms: Annotated[float, typer.Option(min=1, help="Length of a chunk's forward; a backward takes twice as long.")] = 100.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each schedule; medians are reported.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+) -> None:
+    """Idle time of every schedule with equal sleeping stages on real processes, against the formula.
+
+    Example: megatronish bench pipeline --stages 4 --microbatches 8 --chunks 2
+    """
+    from rich.progress import Progress
+
+    bench: Any = importlib.import_module("megatronish.bench.pipeline")
+    schedules = importlib.import_module("megatronish.pipeline.schedules").SCHEDULES
+    benches = [
+        bench.PipelineBench(name, stages, microbatches, chunks if row.has_chunks else 1, unit_ms / 1000, rounds)
+        for name, row in schedules.items()
+    ]
+    with Progress(transient=True) as progress:
+        task = progress.add_task("schedules", total=len(benches))
+        results = bench.measure(benches, lambda number: progress.advance(task))
+    _print_pipeline(results)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _print_pipeline(results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = results[0]
+    title = f"{first['num_stages']} stages, {first['num_microbatches']} microbatches, {first['device']}, {first['date']}"
+    table = Table("schedule", "idle, measured", "idle, formula", "measured / formula", "rounds", "step s", title=title)
+    for row in results:
+        name = row["schedule"] + (f", {row['num_chunks']} chunks" if row["num_chunks"] > 1 else "")
+        spread = " ".join(f"{value:.2%}" for value in row["idle_of_all_rounds"])
+        idle = (f"{row[key]:.2%}" for key in ("idle_measured", "idle_by_formula"))
+        table.add_row(name, *idle, f"{row['ratio']:.3f}", spread, f"{row['step_seconds']:.2f}")
+    Console(width=132).print(table)
+
+
 def _print_checkpoint(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
