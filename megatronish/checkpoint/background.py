@@ -22,10 +22,9 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from megatronish.checkpoint.direct import BLOCK_BYTES
 from megatronish.checkpoint.pieces import Piece
 from megatronish.checkpoint.save import Part, Row, SaveJob, accept, commit, failure_row, gather, write_own_part
-from megatronish.checkpoint.storage import file_order, safetensors_header
+from megatronish.checkpoint.storage import file_order
 from megatronish.comm import streams
 
 T = TypeVar("T")
@@ -150,9 +149,7 @@ class _Save:
 
 
 class Staging:
-    """Host memory for a copy of a rank's pieces, used again by every save; pinned where they lie on a GPU.
-
-    They lie as in their file, and the file's blocks at multiples of BLOCK_BYTES, so that they are written from here."""
+    """Host memory for a copy of a rank's pieces, used again by every save; pinned where they lie on a GPU."""
 
     def __init__(self) -> None:
         self._layout: list[tuple[str, tuple[int, ...], torch.dtype]] = []
@@ -169,16 +166,15 @@ class Staging:
 
 
 def _place(local: Sequence[tuple[Piece, Tensor]]) -> dict[str, Tensor]:
-    """A view of new host memory for each piece, one after the other in the order of the file."""
+    """A view of new host memory for each piece; larger elements first, so that all are aligned to theirs."""
     tensors = {piece.key: tensor.detach().reshape(piece.box.sizes) for piece, tensor in local}
-    ordered = {key: tensors[key] for key in file_order(tensors)}
-    if not ordered:
+    if not tensors:
         return {}
-    start = len(safetensors_header(ordered)) % BLOCK_BYTES
-    device = next(iter(ordered.values())).device
-    memory = streams.host_memory(start + sum(tensor.nbytes for tensor in ordered.values()), device)
-    views = {}
-    for key, tensor in ordered.items():
+    device = local[0][1].device
+    memory = streams.host_memory(sum(tensor.nbytes for tensor in tensors.values()), device)
+    views, start = {}, 0
+    for key in file_order(tensors):
+        tensor = tensors[key]
         views[key] = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         start += tensor.nbytes
     return views

@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatronish.checkpoint.direct import Bytes, write_stream
+from megatronish.checkpoint.durable import Bytes, write_all, write_stream
 from megatronish.checkpoint.manifest import DTYPES, dtype_name
 
 _READ_BYTES = 1 << 20
@@ -63,16 +63,14 @@ class FileStorage:
         """Host memory needed beyond the tensors: one of them at a time, if it lies on a device."""
         ordered = {key: tensors[key] for key in file_order(tensors)}
         header = safetensors_header(ordered)
-        size = len(header) + sum(tensor.nbytes for tensor in ordered.values())
         self.remove(path)  # a leftover may be held open by a process that has not died yet; never write into its inode
-        parts = itertools.chain([np.frombuffer(header, np.uint8)], map(_bytes_of, ordered.values()))
-        return size, write_stream(path, parts, size)
+        return write_stream(path, itertools.chain([np.frombuffer(header, np.uint8)], map(_bytes_of, ordered.values())))
 
     def write_bytes(self, path: Path, data: bytes) -> None:
         """In place: the name keeps its inode and its blocks."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            _write_all(descriptor, memoryview(data))
+            write_all(descriptor, memoryview(data))
             os.ftruncate(descriptor, len(data))
             os.fsync(descriptor)
         finally:
@@ -178,8 +176,3 @@ def file_digest(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(view[:count])
     return digest.hexdigest()
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:  # one call writes at most 2 GiB, and less on a nearly full disk
-        data = data[os.write(descriptor, data) :]
