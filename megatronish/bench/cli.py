@@ -96,7 +96,7 @@ def checkpoint(
 @app.command()
 def data(
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 5,
-    samples: Annotated[int, typer.Option(min=8, help="Samples that each variant reads in a round.")] = 8000,
+    samples: Annotated[int, typer.Option(min=32, help="Samples that each variant reads in a round.")] = 8000,
     tokens: Annotated[int, typer.Option(min=1_000_000, help="Tokens of the set that is written, then read.")] = 64_000_000,
     megabytes: Annotated[int, typer.Option(min=1, help="Text that is tokenized in a round, in MB.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Processes that encode, for both variants.")] = 2,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 SEQUENCE_LENGTH = 2048
 _VOCAB = 50_257
 _DOCUMENT_TOKENS = 700  # on average
-_BATCH = 8
+_BATCH = 32  # a rank's samples of a step
 _CHUNK = 32  # lines that Megatron's script hands to a worker at once
 _WRITE_DOCUMENTS = 4096  # documents a call of our writer, some megabytes
 
@@ -175,7 +175,7 @@ class Readers:
         self.variants = {"megatronish": self.ours, "megatron-core": self.theirs}
 
     def ours(self) -> float:
-        """Batches of 8 samples in one thread, nothing made ahead."""
+        """Batches of 32 samples in one thread, nothing made ahead."""
         if self._loader is None:
             dataset = GPTDataset(self._bench.folder / "ours", sequence_length=SEQUENCE_LENGTH, vocab_size=_VOCAB)
             schedule = BatchSchedule((Stage(0, 0, _BATCH),))
@@ -283,7 +283,7 @@ def render(result: dict[str, Any]) -> Table:
     for name in ("megatronish", "megatron-core", "ratio"):
         table.add_column(name, justify="right")
     rows = {
-        "read": ("a random sample of 2,048 tokens", "us", 1e6),
+        "read": ("a random sample of 2,048 tokens, 32 a batch", "us", 1e6),
         "write": (".bin and .idx from arrays, on disk", "Mtok/s", 1e-6),
         "tokenize": (f"text to .bin and .idx, {result['workers']} workers", "MB/s", 1e-6),
     }
