@@ -54,7 +54,7 @@ def state(data):
 
 def test_the_data_stages_make_sets_that_training_can_open_with_held_out_text_apart(data, prepare, library):
     text = prepare()
-    assert all(f"{number}/6 " in text for number in (1, 2, 3))
+    assert all(f"{number}/7 " in text for number in (1, 2, 3))
     train, held_out = (GPTDataset(prefix, sequence_length=16, vocab_size=VOCABULARY) for prefix in (data.train, data.validation))
     assert len(train) > len(held_out) > 0
     assert train.fingerprint != held_out.fingerprint
