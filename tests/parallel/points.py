@@ -90,12 +90,12 @@ def pairwise_points() -> list[Point]:
     return chosen
 
 
-TAKING_TURNS = ("schedule", "masks", "bucket_mib", "num_microbatches")
+TAKING_TURNS = ("vocabulary", "schedule", "masks", "bucket_mib", "num_microbatches")
 
 
 def all_cases() -> list[Case]:
-    """Every point of the axes that decide who computes what; of schedules, masks, bucket sizes and numbers of microbatches all
-    combinations take turns."""
+    """Every point of the axes that decide who computes what; of vocabularies, schedules, masks, bucket sizes and numbers of
+    microbatches all combinations take turns."""
     turns = cycle(product(*(AXES[axis] for axis in TAKING_TURNS)))
     cases = []
     for head in product(*(values for axis, values in AXES.items() if axis not in TAKING_TURNS)):
