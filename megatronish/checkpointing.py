@@ -145,14 +145,19 @@ class Saver:
         )
 
 
-def load_newest(run: Assembly, root: Path, *, log: Callable[[str], None]) -> Mapping[str, Any] | None:
+def load_newest(
+    run: Assembly, root: Path, *, log: Callable[[str], None], check: Callable[[Checkpoint], object] | None = None
+) -> Mapping[str, Any] | None:
     """Load the newest checkpoint that verifies into optimizer and parameters, whatever layout saved it; its numbers, or None.
 
-    Collective over the job. UserError if it does not fit the model, or none of several verifies."""
+    `check` sees the checkpoint before anything of it is used. Collective over the job. UserError if it does not fit the model, or
+    none of several verifies."""
     checkpoint = newest_loadable(root, world=run.mesh.groups["world"], log=log, device=run.mesh.device)
     if checkpoint is None:
         return None
     with closing(checkpoint):
+        if check is not None:
+            check(checkpoint)
         checkpoint.check_tensors(tensor_specs(run.config, run.cut.layout))
         for state, name, box, values in run.optimizer.needed_pieces():
             checkpoint.read(tensor_name(state, name), box, values)

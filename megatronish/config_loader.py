@@ -48,6 +48,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     return config
 
 
+def config_of(values: Any, place: str) -> Config:
+    """The config of `values` that a program wrote at `place`, a checkpoint say. UserError, one line a problem: another version of
+    this program may have written other keys."""
+    if not isinstance(values, dict):
+        raise UserError(f"{place}: a config must be a mapping of sections, found {_short(values)}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        details = one_a_mistake(error.errors(include_url=False))
+        raise UserError("\n".join(_describe(detail, Document(values), place) for detail in details)) from None
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config: every field, defaults included. Loads back to an equal Config."""
     stream = io.StringIO()

@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ class RunFolder:
         try:
             for folder in (self.path, self.checkpoints, self.path / "logs"):
                 folder.mkdir(parents=True, exist_ok=True)
+                # That a folder is there does not say that it can be written: a run of before on a disk that is read-only now.
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; change run_root or name") from error
 

@@ -14,7 +14,7 @@ from megatronish.assemble import Assembly
 from megatronish.comm import Group, all_gather
 from megatronish.comm.host import read_scalar, read_values
 from megatronish.config import Config
-from megatronish.errors import UserError
+from megatronish.errors import RunStopped, UserError
 
 
 def config_facts(config: Config) -> dict[str, str]:
@@ -63,7 +63,8 @@ def _require_equal_rows(facts: Mapping[str, str], *, world: Group, device: torch
 
 
 def dry_batch(run: Assembly, step: int) -> float:
-    """Forward and backward of step `step`'s batch, no update; the loss. Raises if a weight, the loss or a gradient is not finite.
+    """Forward and backward of step `step`'s batch, no update; the loss. RunStopped, the same on every rank, if a weight, the loss
+    or a gradient is not finite.
 
     Finds in the first seconds what would otherwise end the run at step 1. Collective over the job; waits for the device."""
     trainer = run.trainer
@@ -76,14 +77,28 @@ def dry_batch(run: Assembly, step: int) -> float:
     loss_sum = trainer.accumulate_gradients(batch, num_targets)
     trainer.grads.finish()
     loss, norm = trainer.join_scalars(loss_sum / num_targets)
-    finite, loss_value, norm_value = read_values(
-        torch.stack((run.cut.parameters.all_finite().to(loss.dtype), loss, norm)), [1.0, 1.0, 1.0]
-    )
-    if not finite:
-        name = run.cut.parameters.first_not_finite()
-        raise RuntimeError(f"parameter {name} is not finite: it was neither drawn nor loaded, or the checkpoint holds a NaN")
+    _require_finite_parameters(run)
+    loss_value, norm_value = read_values(torch.stack((loss, norm)), [1.0, 1.0])
     # In float16 the first loss scale may be too large: the steps find the right one.
     norm_matters = config.train.dtype != "float16"
     if not (math.isfinite(loss_value) and (math.isfinite(norm_value) or not norm_matters)):
-        raise RuntimeError(f"the first batch gives loss {loss_value} and gradient norm {norm_value}; expected finite numbers")
+        raise RunStopped(f"the first batch gives loss {loss_value} and gradient norm {norm_value}; expected finite numbers")
     return loss_value
+
+
+def _require_finite_parameters(run: Assembly) -> None:
+    """RunStopped, the same on every rank, that names a parameter which is not finite. Collective over the job."""
+    world, parameters = run.mesh.groups["world"], run.cut.parameters
+    finite = all_gather(parameters.all_finite().to(torch.int64).view(1), world)
+    if read_scalar(finite.all(), 1.0):
+        return
+    # By its number in the table that all ranks share; -1: this rank's are finite.
+    names = list(run.cut.layout.placements)
+    own = parameters.first_not_finite()
+    number = torch.tensor([-1 if own is None else names.index(own)], device=run.mesh.device)
+    numbers = [int(value) for value in read_values(all_gather(number, world), [0] * world.size)]
+    rank = next(rank for rank, number in enumerate(numbers) if number >= 0)
+    where = f"on rank {rank} [{run.mesh.shape.describe(rank)}]"
+    raise RunStopped(
+        f"parameter {names[numbers[rank]]} {where} is not finite: it was neither drawn nor loaded, or the checkpoint holds a NaN"
+    )

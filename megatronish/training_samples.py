@@ -19,6 +19,7 @@ from megatronish.assemble import DTYPES, Assembly, forward_steps
 from megatronish.batch import Batch
 from megatronish.comm import Group, all_gather, all_reduce
 from megatronish.comm.host import read_values
+from megatronish.errors import UserError
 from megatronish.generate.text import continued_text
 from megatronish.layout import shard_range
 from megatronish.pipeline.runtime import ActivationSpec, PipelineRuntime
@@ -113,7 +114,11 @@ class TrainingSamples:
 
 def write_samples(run_dir: Path, *, step: int, prompts: Sequence[str], texts: Sequence[str], show: Callable[[str], None]) -> None:
     """One line a prompt to RUN/samples.jsonl and to `show`."""
-    with open(run_dir / FILE_NAME, "a", encoding="utf-8") as file:
-        for prompt, text in zip(prompts, texts, strict=True):
-            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-            show(f"step {step}: sample: {json.dumps(prompt + text, ensure_ascii=False)}")
+    rows = [{"step": step, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    try:
+        with open(run_dir / FILE_NAME, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(f"{run_dir / FILE_NAME}: cannot be written ({error.strerror}); free space, or change run_root") from None
+    for prompt, text in zip(prompts, texts, strict=True):
+        show(f"step {step}: sample: {json.dumps(prompt + text, ensure_ascii=False)}")

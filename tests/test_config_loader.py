@@ -112,6 +112,22 @@ BAD_FILES = {
         "parallel: {tensor: 3, data: 1}\noptim:",
         [r"parallel\.tensor=3 does not divide model\.num_heads=8"],
     ),
+    "key/value heads over tensor ranks": (
+        "  num_heads: 8",
+        "  num_heads: 8\n  num_kv_heads: 2\nparallel: {tensor: 4, data: 1}",
+        [r"parallel\.tensor=4 does not divide model\.num_kv_heads=2"],
+    ),
+    "no vocabulary multiple": (
+        "  vocab_size: 100",
+        "  vocab_size: 100\n  vocab_multiple: 0",
+        [r"model\.vocab_multiple=0: must be >= 1"],
+    ),
+    "no loss scale": (
+        "  steps: 100",
+        "  steps: 100\n  dtype: float16\n  loss_scale: 0",
+        [r"train\.loss_scale=0: must be >"],
+    ),
+    "infinite loss scale": ("  steps: 100", "  steps: 100\n  loss_scale: .inf", [r"train\.loss_scale=inf: must be finite"]),
     "hidden over heads": (
         "  num_heads: 8",
         "  num_heads: 10",

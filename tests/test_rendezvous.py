@@ -87,8 +87,8 @@ def test_an_address_that_does_not_resolve_is_refused_within_seconds() -> None:
 
 def test_a_rank_0_that_never_comes_is_named_after_the_timeout() -> None:
     port = free_port()
-    place = find_place(WHOLE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    with pytest.raises(UserError, match=rf"rank 3 cannot reach MASTER_ADDR=127\.0\.0\.1 MASTER_PORT={port} in 0\.5 s"):
+    place = find_place(WHOLE | {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    with pytest.raises(UserError, match=rf"rank 1 cannot reach MASTER_ADDR=127\.0\.0\.1 MASTER_PORT={port} in 0\.5 s"):
         connect(place, timeout_seconds=0.5)
 
 

@@ -156,6 +156,8 @@ def decode_manifest(data: bytes, where: Path) -> Manifest:
     try:
         files, tensors = _parse_contents(raw)
         step, state = raw["step"], raw["state"]
+        if type(step) is not int or step < 0 or not isinstance(state, dict):
+            raise ValueError(f"step {step!r}, state a {type(state).__name__}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where} is malformed: {error}") from None
     for name, entry in tensors.items():

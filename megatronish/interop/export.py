@@ -24,6 +24,7 @@ from megatronish.checkpoint.manifest import checkpoint_name
 from megatronish.checkpointing import tensor_name
 from megatronish.comm.groups import single_process_group
 from megatronish.config import Config, ModelConfig
+from megatronish.config_loader import config_of
 from megatronish.data.tokenizer import end_of_text_id, load_tokenizer
 from megatronish.errors import UserError
 from megatronish.interop.names import Interop, parameter_shapes
@@ -60,7 +61,7 @@ def export(request: Request, *, file_bytes: int = FILE_BYTES) -> Path:
     if request.folder.exists():
         raise UserError(f"--hf {request.folder} exists already; name a new folder, or remove it")
     with closing(find_checkpoint(request.run, request.step)) as checkpoint:
-        config = Config.model_validate(checkpoint.state["config"])
+        config = config_of(checkpoint.state.get("config"), f"checkpoint {checkpoint.path}")
         interop = INTEROP[config.model.architecture]
         dtype = request.dtype or ("bfloat16" if config.train.dtype == "bfloat16" else "float32")
         settings = interop.write_config(config.model, config.data.sequence_length)

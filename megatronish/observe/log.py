@@ -15,6 +15,17 @@ from megatronish.errors import UserError
 class _RankFile(logging.FileHandler):
     """The rank's own file."""
 
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """One line about a disk that is full, not a traceback a line; a run does not end for its log."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            sys.stderr.write(f"WARNING: {self.baseFilename}: cannot be written ({error.strerror}): lines are missing there\n")
+
 
 class _Terminal(logging.Handler):
     """Standard error, looked up for each line: while a progress bar is drawn, rich stands there and puts the line above the bar."""

@@ -49,7 +49,10 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line and one point a scalar. When this returns the operating system has them: a kill of the process loses nothing."""
         row = {"step": step} | {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(f"{json.dumps(row, allow_nan=False)}\n".encode())
+        try:
+            self._file.write(f"{json.dumps(row, allow_nan=False)}\n".encode())
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot be written ({error.strerror}); free space, or change run_root") from None
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)

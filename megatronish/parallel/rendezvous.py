@@ -5,9 +5,12 @@ torchrun (and whoever sets the same five variables), or alone. A half-set enviro
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import ipaddress
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +52,7 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
     """Read the launcher's variables. UserError where only some are set, or they contradict each other."""
     environment = os.environ if environment is None else environment
     threads = environment.get("OMP_NUM_THREADS")
-    if threads is not None and not all(part.strip().isdigit() and int(part) > 0 for part in threads.split(",")):
+    if threads is not None and not all(part.strip().isdecimal() and int(part) > 0 for part in threads.split(",")):
         raise UserError(f"OMP_NUM_THREADS={threads!r} in the environment is not a number >= 1: unset it; train.cpu_threads decides")
     given = [name for name in VARIABLES if name in environment]
     if not given:
@@ -82,13 +85,14 @@ def find_place(environment: Mapping[str, str] | None = None) -> Place:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    if not environment[name].strip().isdigit():
+    if not environment[name].strip().isdecimal():
         raise UserError(f"{name}={environment[name]!r} in the environment is not a number >= 0")
     return int(environment[name])
 
 
-def connect(place: Place, *, timeout_seconds: float = 600.0) -> torch.device:
-    """Choose this rank's device and join the job. Blocks until every rank is here. UserError if rank 0 cannot be reached."""
+def connect(place: Place, *, timeout_seconds: float = 600.0, loopback_seconds: float = 30.0) -> torch.device:
+    """Choose this rank's device and join the job. Blocks until every rank is here. UserError if rank 0 cannot be reached: after
+    `timeout_seconds`; after `loopback_seconds` where a rank of another node than the first was sent to its own host."""
     device = streams.choose_device(place.local_rank, place.local_world_size)
     if place.world_size == 1:
         return device
@@ -97,7 +101,7 @@ def connect(place: Place, *, timeout_seconds: float = 600.0) -> torch.device:
     serves = place.rank == 0 and not place.agent_serves
     _resolve(place)
     if not serves:
-        _wait_for_server(place, timeout_seconds)
+        _wait_for_server(place, timeout_seconds, loopback_seconds=loopback_seconds)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
         store = dist.TCPStore(address, port, place.world_size, serves, timeout)
@@ -129,16 +133,30 @@ def _resolve(place: Place, *, attempts: int = 5) -> None:
             socket.getaddrinfo(address, port)
             return
         except OSError as error:
-            reason = error.strerror
+            reason = error.strerror or "no reason given"
+        except UnicodeError:
+            reason = "not the name of a host"
         if attempt + 1 < attempts:
             time.sleep(0.5)  # a name may appear a moment after its host has started
     raise UserError(f"MASTER_ADDR={address} cannot be resolved ({reason}): give the name or address of the host of rank 0")
 
 
-def _wait_for_server(place: Place, timeout_seconds: float) -> None:
-    """Wait until something listens at the master's address; UserError after the timeout."""
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost" or address.startswith("localhost.")
+
+
+def _wait_for_server(place: Place, timeout_seconds: float, *, loopback_seconds: float = 30.0) -> None:
+    """Wait until something listens at the master's address; UserError after the timeout.
+
+    Several nodes on one host may well meet at 127.0.0.1: there rank 0 answers in a moment. Where nobody does, and this rank is not
+    of the node of rank 0 (which has rank = local rank), the address is the mistake, and no longer wait helps."""
     assert place.master is not None
     address, port = place.master
+    own_host = _is_loopback(address) and place.rank != place.local_rank
+    timeout_seconds = min(timeout_seconds, loopback_seconds) if own_host else timeout_seconds
     stop = time.monotonic() + timeout_seconds
     while True:
         try:
@@ -146,6 +164,12 @@ def _wait_for_server(place: Place, timeout_seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > stop:
+                if own_host:
+                    raise UserError(
+                        f"MASTER_ADDR={address} is each host itself; nothing answers there at MASTER_PORT={port} in "
+                        f"{timeout_seconds:g} s, and rank {place.rank} (LOCAL_RANK={place.local_rank}) is not on the node of rank "
+                        f"0: set MASTER_ADDR to the name or address of the host of rank 0"
+                    ) from None
                 raise UserError(
                     f"rank {place.rank} cannot reach MASTER_ADDR={address} MASTER_PORT={port} in {timeout_seconds:g} s: "
                     f"{error.strerror or error}; is rank 0 running there?"
@@ -157,11 +181,19 @@ def shared_store(place: Place, *, timeout: datetime.timedelta) -> dist.Store | N
     """A new connection to the job's store, for words between ranks when collectives no longer work; None if nobody serves it."""
     if place.master is None:
         return None
-    try:
-        socket.create_connection(place.master, timeout=timeout.total_seconds()).close()
-        return _own_part(place, dist.TCPStore(*place.master, is_master=False, timeout=timeout, wait_for_workers=False))
-    except (OSError, RuntimeError):
-        return None
+    found: list[dist.Store] = []
+
+    def look() -> None:
+        assert place.master is not None
+        with contextlib.suppress(OSError, RuntimeError, UnicodeError):
+            socket.create_connection(place.master, timeout=timeout.total_seconds()).close()
+            found.append(dist.TCPStore(*place.master, is_master=False, timeout=timeout, wait_for_workers=False))
+
+    # Another program may hold the port and never answer: torch then waits on it without end, whatever its timeout.
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(2 * timeout.total_seconds())
+    return _own_part(place, found[0]) if found else None
 
 
 def disconnect() -> None:
