@@ -113,8 +113,8 @@ BAD_FILES = {
         [r"parallel\.tensor=3 does not divide model\.num_heads=8"],
     ),
     "key/value heads over tensor ranks": (
-        "  num_heads: 8",
-        "  num_heads: 8\n  num_kv_heads: 2\nparallel: {tensor: 4, data: 1}",
+        "  vocab_size: 100",
+        "  vocab_size: 100\n  num_kv_heads: 2\nparallel: {tensor: 4, data: 1}",
         [r"parallel\.tensor=4 does not divide model\.num_kv_heads=2"],
     ),
     "no vocabulary multiple": (
