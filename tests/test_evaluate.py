@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatronish.batch import TokenContext
 from megatronish.config_loader import load_config
 from megatronish.data.documents import find_files
 from megatronish.data.gpt_dataset import GPTDataset
@@ -83,7 +84,8 @@ def plain_losses(run: Path) -> torch.Tensor:
     tokens = torch.from_numpy(dataset.tokens(np.arange(len(dataset))))
     S, B = 16, len(tokens)
     with torch.no_grad():
-        logits = model(tokens[:, :-1].T, torch.arange(S)[:, None].expand(S, B))[..., :VOCAB_SIZE]
+        context = TokenContext(torch.arange(S)[:, None].expand(S, B), torch.arange(B))
+        logits = model(tokens[:, :-1].T, context)[..., :VOCAB_SIZE]
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].T.flatten(), reduction="none")
     return losses.view(S, B).T
 
