@@ -94,6 +94,8 @@ class AfterStep:
             self.save(step)
         if asked.stop and not is_last:
             self.around.log.info("stopped after step %d of %d, as RUN/STOP asked; the same command goes on", step, config.num_steps)
+        if asked.stop:  # a request that is gone with nothing saved would be forgotten
+            self.saver.finish()
         self.requests.answered(asked)
         if step == config.observe.memory_snapshot_step and self.around.keeps_files:
             self.write_memory_snapshot()

@@ -48,7 +48,7 @@ class Batch:
     loss_mask_SB: Tensor
     """float32, 0 or 1: which labels count as targets."""
     positions_SB: Tensor
-    """int64: position of each token for the rotary embedding."""
+    """int64: position of each token, for rotary or learned positions."""
     sample_numbers_B: Tensor
     """int64: the global number of each sample since the start of the run, 0, 1, 2, ...: the key of per-sample randomness."""
     documents_SB: Tensor | None = None

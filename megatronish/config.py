@@ -49,15 +49,15 @@ class ModelConfig(Section):
     num_kv_heads: PositiveInt | None = None
     """Key/value heads (grouped-query attention); num_heads when not given."""
     mlp_size: PositiveInt
-    """Width F of the gated MLP."""
+    """Width F of the MLP."""
     vocab_size: PositiveInt
     """Tokens the model knows, at least as many as the tokenizer has."""
     vocab_multiple: PositiveInt = 128
     """The embedding's rows are padded to a multiple of this. Never a function of the layout: padding changes the loss."""
     rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary frequencies (Su et al. 2021)."""
+    """Base of the rotary frequencies (Su et al. 2021); gpt2 has none."""
     norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm (Zhang and Sennrich 2019)."""
+    """Added to the mean square in RMSNorm, to the variance in LayerNorm."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; projections back into the residual stream use it / sqrt(2 num_layers)."""
     max_positions: PositiveInt | None = None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +27,7 @@ from megatronish.config_loader import load_config
 from megatronish.data.gpt_dataset import GPTDataset, TokenDataset
 from megatronish.data.loader import evaluation_batches
 from megatronish.errors import UserError
+from megatronish.json_file import writable, write_json
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import connect, disconnect, find_place
@@ -139,8 +138,8 @@ def prepare(request: Request, world_size: int) -> tuple[Config, GPTDataset, Text
         raise UserError(
             f"{request.run} has no checkpoint yet: {folder.checkpoints} is empty; a run saves every checkpoint.interval steps"
         )
-    if request.json_file is not None and not request.json_file.parent.is_dir():
-        raise UserError(f"--json {request.json_file}: there is no folder {request.json_file.parent}")
+    if request.json_file is not None:
+        writable(request.json_file)
     config = evaluation_config(folder.config_file, request.overrides, world_size)
     dataset = GPTDataset(request.data, sequence_length=config.data.sequence_length, vocab_size=config.model.vocab_size)
     tokenizer = config.data.tokenizer
@@ -239,19 +238,16 @@ def fill_weights(checkpoint: Checkpoint, config: Config, cut: CutModel) -> None:
 
 def report(result: Evaluation, json_file: Path | None) -> None:
     """A table on standard output, and the same numbers as JSON."""
-    table = Table("measure", "value", title=f"{result.run}, step {result.step}, on {result.data}")
+    table = Table("measure", "value")
     table.columns[1].justify = "right"
     for name, text in _rows(result):
         table.add_row(name, text)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if json_file is None:
-        return
-    temporary = json_file.with_name(f".{json_file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(asdict(result), indent=2) + "\n")
-        temporary.replace(json_file)
-    except OSError as error:
-        raise UserError(f"--json {json_file}: cannot be written ({error.strerror})") from None
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    # A path that is cut in two cannot be copied.
+    console.print(f"{result.run}, step {result.step}, on {result.data}", soft_wrap=True, markup=False, highlight=False)
+    console.print(table)
+    if json_file is not None:
+        write_json(json_file, asdict(result))
 
 
 def _rows(result: Evaluation) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,14 @@ from megatronish.config import Config
 from megatronish.config_loader import load_config, to_yaml
 from megatronish.errors import UserError
 
-FIXED_KEYS = ("model", "data.sequence_length", "train.seed", "train.global_batch_size", "train.batch_ramp")
+FIXED_KEYS = (
+    "model",
+    "data.sequence_length",
+    "data.separate_documents",
+    "train.seed",
+    "train.global_batch_size",
+    "train.batch_ramp",
+)
 """What makes a run the same run: another value needs another name. All other keys may change when it is resumed, the layout too."""
 FIXED_BEFORE_STEP_1 = ("model",)
 """The same of an imported model that has not trained yet."""

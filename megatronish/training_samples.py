@@ -67,6 +67,9 @@ class TrainingSamples:
         self._width = min(_WIDTH, config.data.sequence_length) // cut * cut
         self.num_tokens = self._width // 2
         encoded = [list(tokenizer.encode(p, add_special_tokens=False).ids) if tokenizer is not None else [0] for p in prompts]
+        for prompt, tokens in zip(self.prompts, encoded, strict=True):
+            if not tokens:
+                raise UserError(f"observe.sample_prompts: {prompt!r} gives no tokens; name a prompt with some text")
         # The end of a long prompt is what matters most.
         self._encoded = [tokens[-(self._width - self.num_tokens) :] for tokens in encoded]
         B = len(prompts)

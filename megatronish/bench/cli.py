@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from megatronish.json_file import writable, write_json
 
 app = typer.Typer(
     help="Measure parts against their reference and their limit.",
@@ -22,6 +23,13 @@ ConfigFile = Annotated[Path, typer.Argument(help="The shape and layout; its data
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as parallel.tensor=4")]
 
 
+def _writable(path: Path | None) -> Path | None:
+    return None if path is None else writable(path)
+
+
+JsonFile = Annotated[Path | None, typer.Option("--json", callback=_writable, help="Write the numbers here as well.")]
+
+
 @app.command()
 def step(
     config: ConfigFile = Path("configs/demo_cpu.yaml"),
@@ -30,7 +38,7 @@ def step(
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 7,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each variant in a round.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the peer; default: all cores.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Tokens/s of a layout on local CPU processes against the Hugging Face Llama in one process, in one interleaved run.
 
@@ -49,7 +57,7 @@ def step(
         result = step_bench.measure(bench, lambda number: progress.update(task, completed=number + 1))
     _print_step(result)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(json_file, result)
 
 
 @app.command()
@@ -58,7 +66,7 @@ def memory(
     overrides: Overrides = None,
     dp: Annotated[list[int] | None, typer.Option(min=1, help="A number of data ranks; may be repeated. Default: 1 2 4.")] = None,
 ) -> None:
-    """Bytes of optimizer state on each rank, counted on the tensors that the trainer allocates, for ZeRO 0 and 1.
+    """Bytes of optimizer state and gradients on each rank, counted on the tensors that the trainer allocates, for ZeRO 0, 1 and 2.
 
     Example: megatronish bench memory configs/demo_cpu.yaml --dp 1 --dp 8
     """
@@ -75,7 +83,7 @@ def checkpoint(
     nproc: Annotated[int, typer.Option(min=1, help="Processes that save and load together.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 5,
     folder: Annotated[Path, typer.Option(help="On the disk to measure; what is written there is removed.")] = Path("runs"),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Saves and loads of a training state against torch.distributed.checkpoint, and an asynchronous save's stall against a memcpy.
 
@@ -90,7 +98,7 @@ def checkpoint(
         result = checkpoint_bench.measure(bench, lambda number: progress.advance(task))
     _print_checkpoint(result)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(json_file, result)
 
 
 @app.command()
@@ -102,7 +110,7 @@ def data(
     workers: Annotated[int, typer.Option(min=1, help="Processes that encode, for both variants.")] = 2,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; by default one is learned from the text.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where files go, some hundred MB. Default: a temporary folder.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Read samples, write token files and tokenize text against megatron-core, in one interleaved run; the files must be equal.
 
@@ -120,7 +128,7 @@ def data(
         result = bench.measure(sizes, lambda number: progress.update(task, completed=number + 1))
     Console().print(bench.render(result))
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(json_file, result)
 
 
 @app.command()
@@ -130,7 +138,7 @@ def pipeline(
     chunks: Annotated[int, typer.Option(min=2, help="Chunks of a stage of the interleaved schedule.")] = 2,
     unit_ms: Annotated[float, typer.Option(min=1, help="Length of a chunk's forward; a backward takes twice as long.")] = 100.0,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each schedule; medians are reported.")] = 3,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here as well.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Idle time of every schedule with equal sleeping stages on real processes, against the formula.
 
@@ -149,7 +157,7 @@ def pipeline(
         results = bench.measure(benches, lambda number: progress.advance(task))
     _print_pipeline(results)
     if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(json_file, results)
 
 
 def _print_pipeline(results: list[dict[str, Any]]) -> None:

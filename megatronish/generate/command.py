@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from megatronish.evaluate import evaluation_config, fill_weights
 from megatronish.generate.decode import Continuation, Generator, Limits
 from megatronish.generate.sampling import Sampling
 from megatronish.generate.text import TextStream, continued_text, encode_prompts, end_token, read_prompts_file
+from megatronish.json_file import writable, write_json
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import connect, disconnect, find_place
@@ -110,8 +109,8 @@ def prepare(request: Request, world_size: int) -> Prepared:
         raise UserError(f"{request.run} has no checkpoint yet: {folder.checkpoints} is empty; wait for its first")
     if request.step is not None and request.step not in steps:
         raise UserError(f"--step {request.step}: {request.run} has checkpoints of steps {', '.join(map(str, sorted(steps)))}")
-    if request.json_file is not None and not request.json_file.parent.is_dir():
-        raise UserError(f"--json {request.json_file}: there is no folder {request.json_file.parent}")
+    if request.json_file is not None:
+        writable(request.json_file)
     if not request.prompts:
         raise UserError("there is nothing to continue: give --prompt TEXT, or --prompts-file FILE")
     config = evaluation_config(folder.config_file, (f"parallel.tensor={world_size}", *request.overrides), world_size)
@@ -214,16 +213,6 @@ def report(request: Request, step: int, samples: Sequence[Sample]) -> dict[str, 
         "sampling": asdict(request.sampling),
         "samples": [asdict(sample) for sample in samples],
     }
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 from megatronish.comm.local_ranks import RankPool
 from megatronish.config import Config
 from megatronish.config_loader import load_config
+from megatronish.json_file import writable, write_json
 from megatronish.verify.check import Check, Verdict, verify
 from megatronish.verify.fold import fold
 from megatronish.verify.layout_run import world_size_of
@@ -22,6 +22,7 @@ PRELOAD = ("megatronish.verify.preload",)
 
 def main(config_path: str, overrides: list[str], world_size: int | None, max_ranks: int, json_file: str | None) -> int:
     """Verify a config; the exit code. UserError for a config that is wrong in itself."""
+    json_path = None if json_file is None else writable(Path(json_file))
     config = load_config(config_path, overrides, world_size=world_size)
     folded = fold(config, max_ranks=max_ranks, world_size=world_size)
     console = Console(highlight=False)
@@ -31,8 +32,8 @@ def main(config_path: str, overrides: list[str], world_size: int | None, max_ran
         verdict = verify(folded, pool, tell=status.update)
     console.print(table(verdict.checks))
     console.print(conclusion(verdict), soft_wrap=True, markup=False)
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps(as_json(verdict), indent=2) + "\n")
+    if json_path is not None:
+        write_json(json_path, as_json(verdict))
     return 0 if verdict.ok else 1
 
 
@@ -86,12 +87,16 @@ def _yaml(value: object) -> object:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+def _check_as_json(check: Check) -> dict[str, object]:
+    return {name: value for name, value in asdict(replace(check, made_by=None)).items() if name != "made_by"}
+
+
 def as_json(verdict: Verdict) -> dict[str, object]:
     """The same for other programs."""
     return {
         "ok": verdict.ok,
         "folded": verdict.folded.model_dump(mode="json"),
-        "checks": [asdict(check) for check in verdict.checks],
+        "checks": [_check_as_json(check) for check in verdict.checks],
         "crash": verdict.crash,
         "needs": dict(verdict.left),
     }

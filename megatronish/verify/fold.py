@@ -18,6 +18,7 @@ MAX_RANKS = 8
 NUM_STEPS = 3
 """Two that follow each other, and one after saving and loading."""
 SEQUENCE_LENGTH = 16
+"""About: the tensor ranks divide it."""
 HEAD_SIZE = 8
 
 
@@ -29,10 +30,11 @@ def fold(config: Config, *, max_ranks: int = MAX_RANKS, world_size: int | None =
     dp = parallel.data or (config.data_parallel_size(world_size) if world_size else 2)
     tp, pp, dp = fold_axes((parallel.tensor, parallel.pipeline, dp), max_ranks=max_ranks)
     parts = _stage_layers(config, pp)
+    sequence_length = SEQUENCE_LENGTH // tp * tp
     folded = config.model_copy(
         update={
             "name": "verify",
-            "model": _model(config.model, tp=tp, full_tp=parallel.tensor, num_layers=sum(parts)),
+            "model": _model(config.model, tp=tp, full_tp=parallel.tensor, num_layers=sum(parts), positions=sequence_length),
             "parallel": _parallel(config, tp=tp, pp=pp, dp=dp, parts=parts),
             "data": config.data.model_copy(
                 update={
@@ -41,7 +43,7 @@ def fold(config: Config, *, max_ranks: int = MAX_RANKS, world_size: int | None =
                     "validation_fraction": 0.0,
                     "tokenizer": None,
                     "order": "permutation",
-                    "sequence_length": SEQUENCE_LENGTH,
+                    "sequence_length": sequence_length,
                 }
             ),
             # A rate so large that a wrong update shows, a norm so small that clipping decides it, buckets of which there are many.
@@ -103,7 +105,7 @@ def _spread(index: int, count: int, full: int) -> int:
     return 0 if count == 1 else round(index * (full - 1) / (count - 1))
 
 
-def _model(model: ModelConfig, *, tp: int, full_tp: int, num_layers: int) -> ModelConfig:
+def _model(model: ModelConfig, *, tp: int, full_tp: int, num_layers: int, positions: int) -> ModelConfig:
     groups = tp * min(2, max(1, model.kv_heads // full_tp))
     heads = groups * min(2, model.num_heads // model.kv_heads)
     # 105 rows, which neither 2 nor 4 ranks divide, or 104, which 2, 4 and 8 do; with padding, if there is some.
@@ -118,7 +120,7 @@ def _model(model: ModelConfig, *, tp: int, full_tp: int, num_layers: int) -> Mod
             "mlp_size": tp * 20,
             "vocab_size": 101 if model.padded_vocab_size > model.vocab_size else padded,
             "vocab_multiple": multiple,
-            "max_positions": None if model.max_positions is None else SEQUENCE_LENGTH + 3,
+            "max_positions": None if model.max_positions is None else positions + 3,
         }
     )
 

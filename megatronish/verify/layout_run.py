@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatronish.assemble import Assembly, assemble, draw_weights, mesh_shape
 from megatronish.checkpoint.storage import FileStorage
 from megatronish.comm.host import read_scalar
 from megatronish.config import Config
+from megatronish.errors import RunStopped
 from megatronish.layout import Rectangle
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.verify.batches import SlicedBatches
@@ -49,10 +51,11 @@ def run_layout(rank: int, config: Config, checkpoints: Path | None = None, *, de
     run.optimizer.reset_master()
     result = RankResult()
     for step in range(1, config.num_steps + 1):
+        scale = read_scalar(run.trainer.guard.loss_scale, 1.0)
         step_result = run.trainer.train_step(step)
         result.losses.append(read_scalar(step_result.loss, 0.0))
         result.norms.append(read_scalar(step_result.grad_norm, 0.0))
-        result.gradients.append(list(_owned_gradients(run)))
+        result.gradients.append(list(_owned_gradients(run, loss_scale=scale)))
         result.weights.append(_owned_weights(run))
         if checkpoints is not None and step >= config.num_steps - 1:
             _save(run, checkpoints, step)
@@ -85,16 +88,18 @@ def _save(run: Assembly, checkpoints: Path, step: int) -> None:
     log, storage = logging.getLogger("megatronish.verify"), FileStorage()
     log.setLevel(logging.ERROR)
     saver = checkpointing.Saver(run, checkpoints, data_fingerprint=0, token="verify", storage=storage, log=log, work="inline")
-    saver.save(step)
-    saver.finish()
+    # Numbers that are not finite are not saved: what was compared so far says more than a rank that ends.
+    with suppress(RunStopped):
+        saver.save(step)
+        saver.finish()
 
 
 def _build(config: Config, mesh: Mesh) -> Assembly:
     return assemble(config, mesh, SlicedBatches(config, mesh))
 
 
-def _owned_gradients(run: Assembly) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
-    """Pieces of the gradients that this rank counts."""
+def _owned_gradients(run: Assembly, *, loss_scale: float) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
+    """Pieces of the gradients that this rank counts, without the loss scale."""
     grads, dp = run.trainer.grads, run.mesh.groups["dp"]
     for index, bucket in enumerate(run.cut.buckets):
         if not bucket.is_counted_by(run.mesh.index("tp")):
@@ -102,7 +107,7 @@ def _owned_gradients(run: Assembly) -> Iterator[tuple[str, str, Rectangle, Tenso
         start, stop = bucket.owned_range(dp.index, dp.size)
         owned = grads.owned(index)
         for name, box, flat in bucket.pieces(start, stop):
-            yield "gradient", name, box, owned[flat - start : flat - start + box.num_elements].clone()
+            yield "gradient", name, box, owned[flat - start : flat - start + box.num_elements] / loss_scale
 
 
 def _owned_weights(run: Assembly) -> Pieces:

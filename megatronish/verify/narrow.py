@@ -23,6 +23,7 @@ PLAINER: tuple[tuple[str, dict[str, object]], ...] = (
     ("train", {"label_smoothing": 0.0}),
     ("train", {"z_loss": 0.0}),
     ("data", {"separate_documents": False}),
+    ("optim", {"grad_reduce_dtype": None}),
     ("optim", {"clip_norm": 0.0}),
 )
 AXES = {"tensor": 1, "pipeline": 1, "data": 1}

@@ -77,6 +77,23 @@ def kept(config: Config) -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("tp", range(1, 9))
+def test_any_number_of_tensor_ranks_folds(tp: int, sequence: bool) -> None:
+    heads = 8 if 8 % tp == 0 else tp
+    overrides = [
+        f"model.num_heads={heads}",
+        f"model.num_kv_heads={heads}",
+        f"model.hidden_size={heads * 32}",
+        f"model.mlp_size={tp * 64}",
+    ]
+    layout = [f"parallel.tensor={tp}", "parallel.pipeline=1", "parallel.data=1", f"parallel.sequence={str(sequence).lower()}"]
+    config = load_config(CONFIGS[0].parent / "demo_cpu.yaml", [*overrides, *layout, f"data.sequence_length={tp * 32}"])
+    folded = fold(config)
+    assert folded.parallel.tensor == tp and folded.data.sequence_length % tp == 0
+    assert not find_problems(folded, world_size_of(folded))
+
+
 def test_uneven_stages_and_recomputation_by_stage_stay_so() -> None:
     config = load_config(
         CONFIGS[0].parent / "demo_cpu.yaml",

@@ -10,6 +10,7 @@ import pytest
 
 from megatronish.comm.local_ranks import RankPool
 from megatronish.config_loader import load_config
+from megatronish.errors import UserError
 from megatronish.verify.check import Verdict, verify
 from megatronish.verify.command import PRELOAD, conclusion, main
 from megatronish.verify.fold import fold
@@ -83,6 +84,16 @@ EXPECTED: dict[str, tuple[tuple[str, ...], str, str]] = {
         "bias in step 1",
         "likely axis: parallel.tensor;",
     ),
+    "narrow_parameters_are_not_written": (
+        ("parallel.data=2", "train.dtype=bfloat16"),
+        "loss of step 2",
+        "not the layout",
+    ),
+    "gradients_are_rounded_on_their_way": (
+        ("parallel.data=2", "optim.grad_reduce_dtype=float32"),
+        "gradient of ",
+        "likely axis: parallel.data;",
+    ),
     "moments_are_not_loaded": (("parallel.data=2",), "after step 3", "not the layout"),
     "a_tied_embedding_is_reduced_at_its_first_gradient": (
         ("model.tie_embeddings=true", "parallel.data=2", "optim.bucket_mib=1e-5"),
@@ -117,6 +128,44 @@ def test_a_planted_fault_is_found_with_its_parameter_and_axis(pool: RankPool, fa
 def test_sound_code_passes_for_every_shipped_config(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(str(path), [], None, 8, str(tmp_path / "result.json")) == 0
     assert capsys.readouterr().out.rstrip().endswith("the layout computes what one process computes")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.data=2", "optim.grad_reduce_dtype=bfloat16"),
+        ("parallel.data=3", "optim.grad_reduce_dtype=float32", "parallel.zero_stage=2", "train.global_batch_size=24"),
+        ("parallel.tensor=2", "parallel.data=2", "train.dtype=float16", "data.separate_documents=true", "model.dropout=0.1"),
+        ("parallel.pipeline=2", "parallel.stage_layers=[3,5]", "train.label_smoothing=0.1", "train.z_loss=1e-4"),
+        (
+            "parallel.pipeline=2",
+            "parallel.schedule=interleaved",
+            "parallel.num_chunks=2",
+            "parallel.recompute=[selective,full]",
+            *GPT2,
+        ),
+        (
+            "parallel.tensor=3",
+            "parallel.sequence=true",
+            "data.sequence_length=768",
+            "model.num_heads=12",
+            "model.num_kv_heads=12",
+            "model.hidden_size=384",
+            "model.mlp_size=384",
+        ),
+    ],
+)
+def test_sound_code_passes_with_any_option(pool: RankPool, overrides: tuple[str, ...]) -> None:
+    verdict = verify(fold(load_config(DEMO, [*PLAIN, *overrides])), pool)
+    assert verdict.ok, conclusion(verdict)
+    assert all(check.tolerance < 0.1 for check in verdict.checks)
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_work() -> None:
+    with pytest.raises(UserError, match=r"--json /nonexistent/result\.json: there is no folder /nonexistent"):
+        main(str(DEMO), [], None, 8, "/nonexistent/result.json")
 
 
 def test_a_rank_that_fails_is_reported_with_its_traceback(pool: RankPool) -> None:
