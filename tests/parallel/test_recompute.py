@@ -103,7 +103,7 @@ def test_kept_bytes_are_those_of_the_formula(case: Case, device_kind: str, dropo
 def left_after_the_upper_blocks(case: Case) -> int:
     """Bytes live when the backward of one microbatch has done all blocks but the first."""
     with fake_run(case, "cpu") as (run, config):
-        batch = global_batch(config, 1).microbatches(config.train.micro_batch_size)[0]
+        batch = run.trainer.batches.batch(1).microbatches(config.train.micro_batch_size)[0]
         stage, left = run.trainer.pipeline.stage, []
         stage.model.train()
         run.trainer.grads.zero()
@@ -112,7 +112,7 @@ def left_after_the_upper_blocks(case: Case) -> int:
             stage.forward(0, batch, None, keep=True)
             last = next(p for name, p in stage.model.named_parameters() if name.startswith("layers.1.attention_norm."))
             last.register_post_accumulate_grad_hook(lambda _: left.append(live.bytes()))
-            stage.backward(0, torch.ones((), dtype=torch.float64))
+            stage.backward(0, torch.ones((), dtype=torch.float64, device=run.mesh.device))
         return left[0]
 
 

@@ -16,7 +16,6 @@ from megatronish import assemble, checkpointing, trainer
 from megatronish.batch import Batch
 from megatronish.comm import Pending
 from megatronish.config import Config
-from megatronish.optim import zero
 from megatronish.optim.grad_buffer import GradBuffer
 from megatronish.optim.weight_gradients import WeightGradientQueue
 from megatronish.optim.zero import ZeroAdamW
@@ -214,16 +213,6 @@ def the_last_backward_of_one_chunk_is_that_of_all() -> Patch:
     return trainer.Trainer, "_before_backward", faulty
 
 
-def narrow_parameters_are_not_written() -> Patch:
-    """In mixed precision the master weights move, and the parameters that the model computes with stay."""
-    update = zero.adamw_
-
-    def faulty(*args: Any, low: Tensor | None, **kwargs: Any) -> None:
-        update(*args, low=None if low is None else torch.empty_like(low), **kwargs)
-
-    return zero, "adamw_", faulty
-
-
 def gradients_are_rounded_on_their_way() -> Patch:
     """To bfloat16, though nobody asked for it."""
     make = assemble.make_grad_buffer
@@ -247,7 +236,6 @@ FAULTS: dict[str, Callable[[], Patch]] = {
         gathered_parameters_are_one_step_old,
         decay_reaches_every_parameter,
         moments_are_not_loaded,
-        narrow_parameters_are_not_written,
         gradients_are_rounded_on_their_way,
         dropout_depends_on_the_rank,
         tied_embeddings_are_not_summed,

@@ -84,11 +84,6 @@ EXPECTED: dict[str, tuple[tuple[str, ...], str, str]] = {
         "bias in step 1",
         "likely axis: parallel.tensor;",
     ),
-    "narrow_parameters_are_not_written": (
-        ("parallel.data=2", "train.dtype=bfloat16"),
-        "loss of step 2",
-        "not the layout",
-    ),
     "gradients_are_rounded_on_their_way": (
         ("parallel.data=2", "optim.grad_reduce_dtype=float32"),
         "gradient of ",
