@@ -58,11 +58,17 @@ def check_config(
     overrides: Overrides = None,
     world: Annotated[int | None, typer.Option(min=1, help="Number of ranks the run will have.")] = None,
 ) -> None:
-    """Check a config, every problem at once: the fields, and how they go together with each other and with the number of ranks."""
+    """Check a config, every problem at once: the fields, how they go together with each other and with the number of ranks, and the
+    data and the tokenizer, where they are on this machine."""
     resolved = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [], world_size=world)
     for line in importlib.import_module("megatronish.constraints").warnings(resolved, world):
         typer.echo(f"warning: {line}", err=True)
+    missing = resolved.data.missing_files()
+    if not missing and resolved.data.order == "permutation":  # the other order writes an index
+        importlib.import_module("megatronish.surroundings").open_datasets(resolved)
     typer.echo(f"{config}: ok: {_summary(resolved, world)}")
+    if missing:
+        typer.echo(f"not looked at, since they are not here: {', '.join(missing)}")
 
 
 @config_app.command("schema")

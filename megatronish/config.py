@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -139,6 +140,14 @@ class DataConfig(Section):
     """Order of the samples: a keyed permutation with no index to build, or that of megatron-core's GPTDataset."""
     separate_documents: bool = False
     """Positions restart at each document, and tokens attend within their document only."""
+
+    def missing_files(self) -> list[str]:
+        """Of the files that are named here, those that this machine does not have, by key."""
+        sources = [self.train] if isinstance(self.train, str) else [source.prefix for source in self.train]
+        named = [("data.train", f"{prefix}.idx") for prefix in sources]
+        named += [("data.validation", f"{self.validation}.idx")] if self.validation else []
+        named += [("data.tokenizer", self.tokenizer)] if self.tokenizer else []
+        return [f"{key}={name}" for key, name in named if not Path(name).is_file()]
 
 
 class OptimConfig(Section):

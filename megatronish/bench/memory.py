@@ -79,10 +79,17 @@ def optimizer_state_table(config: Config, dp_sizes: Sequence[int]) -> list[dict[
     return rows
 
 
+TITLE = "MiB a rank: optimizer state, and the most gradients at a time (ZeRO 2: 1/dp, and two groups of buckets in full)"
+
+
 def render(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for people; every size in MiB."""
     table = Table(
-        "ZeRO", "data ranks", "ranks", title="optimizer state a rank, MiB; most gradients a rank, MiB", title_justify="left"
+        "ZeRO",
+        "data ranks",
+        "ranks",
+        title="MiB a rank: optimizer state, and the most gradients at a time (ZeRO 2: 1/dp, and two groups of buckets in full)",
+        title_justify="left",
     )
     for name in ("largest", "smallest", "mean", "without padding", "against dp 1", "gradients"):
         table.add_column(name, justify="right")

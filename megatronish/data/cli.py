@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-app = typer.Typer(help="Make and look at token files (Megatron's .bin/.idx).", no_args_is_help=True)
-tokenizer_app = typer.Typer(help="Make a tokenizer.", no_args_is_help=True)
+# As for the other verbs: see megatronish/cli.py.
+_OPTIONS: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "no_args_is_help": True,
+    "add_completion": False,
+}
+app = typer.Typer(help="Make and look at token files (Megatron's .bin/.idx).", **_OPTIONS)
+tokenizer_app = typer.Typer(help="Make a tokenizer.", **_OPTIONS)
 app.add_typer(tokenizer_app, name="tokenizer")
 
 # typer reads annotations at run time on Python 3.10 too, and help texts keep their lines as written.

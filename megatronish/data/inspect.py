@@ -108,6 +108,7 @@ def summary_table(summary: Summary) -> Table:
         table.add_row("shorter than 2 tokens", f"{summary.short_documents:,}{scope}")
     if summary.token_range is not None:
         table.add_row("token ids", f"{summary.token_range[0]:,} to {summary.token_range[1]:,}")
+        table.add_row("checked", "whole: every length, pointer and bound, and every token")
     table.add_row("fingerprint", f"{summary.fingerprint:016x}")
     if summary.head is not None:
         table.add_row("begins", escape(summary.head))
