@@ -88,7 +88,7 @@ def render(rows: Sequence[dict[str, Any]]) -> Table:
         "ZeRO",
         "data ranks",
         "ranks",
-        title="MiB a rank: optimizer state, and the most gradients at a time (ZeRO 2: 1/dp, and two groups of buckets in full)",
+        title=TITLE,
         title_justify="left",
     )
     for name in ("largest", "smallest", "mean", "without padding", "against dp 1", "gradients"):
