@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "native": (),
+    "writeback": (),
     "yaml_file": (),
     "batch_schedule": (),
     "config": ("batch_schedule",),
@@ -31,12 +32,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config_loader": ("config", "constraints", "yaml_file"),
     "comm": (),
     "kernels": ("comm", "native"),
-    "data": ("config", "batch", "batch_schedule", "comm", "native"),
+    "data": ("config", "batch", "batch_schedule", "comm", "native", "writeback"),
     "models": ("config", "layout", "batch", "kernels", "comm.random"),
     "parallel": ("config", "layout", "comm", "kernels"),
     "pipeline": ("config", "batch", "comm", "formulas"),
     "optim": ("config", "layout", "comm", "kernels"),
-    "checkpoint": ("layout", "comm"),
+    "checkpoint": ("layout", "comm", "writeback"),
     "observe": ("config", "comm", "formulas"),
 }
 # `parallel` initialises the groups there; nothing else outside comm/ may.

@@ -7,19 +7,17 @@ little left. Measured for 1 GiB on ext4, 2 busy cores, medians of five: 0.38 s; 
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatronish.writeback import begin_writing
+
 CHUNK_BYTES = 8 << 20
-_SYNC_FILE_RANGE_WRITE = 2
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -29,7 +27,6 @@ def write_stream(path: Path, parts: Iterable[Bytes]) -> tuple[int, str]:
 
     `parts` is walked once, in order. Raises OSError. Releases the interpreter while it writes and digests."""
     digest, size = xxhash.xxh3_128(), 0
-    begin_writing = _sync_file_range()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         begun = 0
@@ -40,7 +37,7 @@ def write_stream(path: Path, parts: Iterable[Bytes]) -> tuple[int, str]:
                 write_all(descriptor, chunk)
                 size += len(chunk)
                 if size - begun >= CHUNK_BYTES:  # pieces may be small
-                    begin_writing(descriptor, begun, size - begun, _SYNC_FILE_RANGE_WRITE)
+                    begin_writing(descriptor, begun, size - begun)
                     begun = size
         os.fsync(descriptor)
     finally:
@@ -52,14 +49,3 @@ def write_all(descriptor: int, data: memoryview) -> None:
     """Append all of `data` to an open file."""
     while data:  # one call writes at most 2 GiB, and less on a nearly full disk
         data = data[os.write(descriptor, data) :]
-
-
-@functools.cache
-def _sync_file_range() -> Callable[[int, int, int, int], object]:
-    """Linux's call. Advice: where it is missing or fails, fsync does the work and has the error."""
-    call = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform.startswith("linux") else None
-    if call is None:
-        return lambda *arguments: None
-    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    found: Callable[[int, int, int, int], object] = call
-    return found

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from megatronish.data.indexed import DTYPES, HEADER, MAGIC, VERSION, bin_path, idx_path
 from megatronish.errors import UserError
+from megatronish.writeback import begin_writing
 
 _BLOCK = 1 << 18  # entries of one step when the index is put together
+_BEGIN_BYTES = 8 << 20  # the disk begins with as many at a time
 _SMALL_VOCABULARY = 65500  # megatron-core's bound, not 65536: the same text gives the same files
 
 
@@ -70,6 +72,7 @@ class IndexedDatasetWriter:
         self._code = next(code for code, known in DTYPES.items() if known == self._dtype)
         self.num_documents, self.num_sequences, self.num_tokens = state.num_documents, state.num_sequences, state.num_tokens
         self._open_length = state.open_length
+        self._begun = state.num_tokens * self._dtype.itemsize
         self._data = _open_at(self._temporary[0], state.num_tokens * self._dtype.itemsize, buffering=1 << 20)
         self._lengths = _Spool(self._temporary[2], "i", count=state.num_sequences)
         self._bounds = _Spool(self._temporary[3], "q", count=state.num_documents + 1 if state.num_documents else 0)
@@ -109,6 +112,10 @@ class IndexedDatasetWriter:
         self._data.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
         self._open_length += tokens.size
         self.num_tokens += tokens.size
+        if (size := self.num_tokens * self._dtype.itemsize) - self._begun >= _BEGIN_BYTES:
+            self._data.flush()
+            begin_writing(self._data.fileno(), self._begun, size - self._begun)
+            self._begun = size
 
     def end_sequence(self) -> None:
         """Close the open sequence, which may be empty."""
