@@ -12,7 +12,7 @@ import torch
 from megatronish import checkpointing, formulas
 from megatronish.assemble import Assembly
 from megatronish.comm import streams
-from megatronish.comm.host import read_scalar, read_values
+from megatronish.comm.host import read_values
 from megatronish.data.loader import evaluation_batches
 from megatronish.early_stopping import EarlyStopping
 from megatronish.errors import RunStopped
@@ -108,9 +108,9 @@ class AfterStep:
         self.profile.close()
 
     def is_out_of_patience(self, step: int) -> bool:
-        """Whether held-out loss has not fallen for train.patience evaluations: the same answer on every rank, since the loss is."""
-        # A rehearsal, where every loss is 1, goes on.
-        exhausted = bool(read_scalar(torch.tensor(float(self.early_stopping.is_exhausted)), 0.0))
+        """Whether held-out loss has not fallen for train.patience evaluations: the same answer on every rank, since the loss is. A
+        rehearsal, where every loss is 1, goes on."""
+        exhausted = self.early_stopping.is_exhausted and self.around.keeps_files
         if exhausted:
             self.around.log.info("early stopping after step %d: %s", step, self.early_stopping.describe())
         return exhausted

@@ -103,7 +103,7 @@ def test_a_ramp_samples_and_patience_communicate_the_same_in_a_rehearsal(case: C
     config = case.config()
     size = config.train.global_batch_size
     ramp = BatchRamp(start=size // 2, increment=size // 4, samples=size)  # steps of half, 3/4 and whole batches
-    train = {"steps": 4, "batch_ramp": ramp, "eval_interval": 2, "eval_steps": 1, "patience": 2}
+    train = {"steps": 4, "batch_ramp": ramp, "eval_interval": 2, "eval_steps": 1, "patience": 1}
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"validation": "none"}),
