@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from megatronish import writeback
 from megatronish.checkpoint import durable
 from megatronish.checkpoint.durable import Bytes, write_stream
 
@@ -43,15 +44,15 @@ def test_the_file_holds_the_parts_and_the_digest_is_of_them(
 ) -> None:
     ranges: list[tuple[int, int]] = []
     if has_advice:
-        call = durable._sync_file_range()
+        call = writeback._sync_file_range()
 
         def recorded(descriptor: int, start: int, length: int, flags: int) -> None:
             ranges.append((start, start + length))
             assert call(descriptor, start, length, flags) == 0
 
-        monkeypatch.setattr(durable, "_sync_file_range", lambda: recorded)
+        monkeypatch.setattr(writeback, "_sync_file_range", lambda: recorded)
     else:
-        monkeypatch.setattr(durable, "_sync_file_range", lambda: lambda *arguments: -1)
+        monkeypatch.setattr(writeback, "_sync_file_range", lambda: lambda *arguments: -1)
     data = b"".join(part.tobytes() for part in CASES[name])
     assert write_stream(tmp_path / "file", iter(CASES[name])) == (len(data), xxhash.xxh3_128_hexdigest(data))
     assert (tmp_path / "file").read_bytes() == data
