@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatronish.comm import history
 from megatronish.comm.groups import Group
+from megatronish.comm.history import Started
 
 ReduceOp = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -32,7 +34,7 @@ class Pending:
     """A communication under way. Keeps its buffers alive until `wait()`, which returns the result."""
 
     result: Tensor
-    works: tuple[dist.Work, ...] = ()
+    works: tuple[Started, ...] = ()
     finish: Callable[[], None] | None = None
     buffers: tuple[Tensor, ...] = ()
 
@@ -46,84 +48,90 @@ class Pending:
         return self.result
 
 
-def start_all_reduce(x: Tensor, group: Group, op: ReduceOp = "sum") -> Pending:
-    """Reduce `x` over the group in place: any shape and dtype, equal on every rank. Collective over `group`."""
+def start_all_reduce(x: Tensor, group: Group, op: ReduceOp = "sum", *, what: str = "") -> Pending:
+    """Reduce `x` over the group in place: any shape and dtype, equal on every rank. Collective over `group`.
+
+    `what`, here and below: what it is for, for whoever reads the history of a job that hangs."""
     if group.handle is None:
         return Pending(x)
     # Gloo takes a strided tensor without an error and gives wrong sums.
     mine = x.contiguous()
     if not group.pairwise:
-        work = dist.all_reduce(mine, _OPS[op], group=group.handle, async_op=True)
+        number = group.note("all_reduce", mine, reduce_op=op, what=what)
+        work = group.started(dist.all_reduce(mine, _OPS[op], group=group.handle, async_op=True), number)
         return Pending(x, (work,), None if mine is x else lambda: _copy(x, mine), (mine,))
     theirs = torch.empty_like(mine)
-    works = _swap(mine, theirs, group)
+    works = _swap(mine, theirs, group, what)
     return Pending(x, works, lambda: _combine_into(x, mine, theirs, op), (mine, theirs))
 
 
-def start_all_gather_into(out: Tensor, x: Tensor, group: Group) -> Pending:
+def start_all_gather_into(out: Tensor, x: Tensor, group: Group, *, what: str = "") -> Pending:
     """Fill `out` (contiguous, group.size times as long on dim 0) with every rank's `x`. `x` may be rank's own part of `out`."""
     if group.handle is None:
         return _alone(out, x)
     x = x.contiguous()
     if not group.pairwise:
-        work = _all_gather_into(out, x, group=group.handle, async_op=True)
+        number = group.note("all_gather", x, what=what)
+        work = group.started(_all_gather_into(out, x, group=group.handle, async_op=True), number)
         return Pending(out, (work,), buffers=(out, x))
     parts = out.view(2, *x.shape)
-    works = _swap(x, parts[1 - group.index], group)
+    works = _swap(x, parts[1 - group.index], group, what)
     own = parts[group.index]
     if own.data_ptr() != x.data_ptr() or x.data_ptr() == 0:
         own.copy_(x)
     return Pending(out, works, buffers=(out, x))
 
 
-def start_reduce_scatter_into(out: Tensor, x: Tensor, group: Group) -> Pending:
+def start_reduce_scatter_into(out: Tensor, x: Tensor, group: Group, *, what: str = "") -> Pending:
     """Sum `x` over the group; `out` gets this rank's 1/size of dim 0. `out` may be that part of `x`. Collective over `group`."""
     if group.handle is None:
         return _alone(out, x)
     x = x.contiguous()
     if not group.pairwise:
-        work = _reduce_scatter_into(out, x, group=group.handle, async_op=True)
+        number = group.note("reduce_scatter", x, reduce_op="sum", what=what)
+        work = group.started(_reduce_scatter_into(out, x, group=group.handle, async_op=True), number)
         return Pending(out, (work,), buffers=(out, x))
     parts = x.view(2, *out.shape)
     theirs = torch.empty_like(out)
-    works = _swap(parts[1 - group.index], theirs, group)
+    works = _swap(parts[1 - group.index], theirs, group, what)
     mine = parts[group.index]
     return Pending(out, works, lambda: _combine_into(out, mine, theirs, "sum"), (x, theirs))
 
 
-def all_reduce(x: Tensor, group: Group, op: ReduceOp = "sum") -> Tensor:
+def all_reduce(x: Tensor, group: Group, op: ReduceOp = "sum", *, what: str = "") -> Tensor:
     """`start_all_reduce`, waited for."""
-    return start_all_reduce(x, group, op).wait()
+    return start_all_reduce(x, group, op, what=what).wait()
 
 
-def start_all_gather(x: Tensor, group: Group) -> Pending:
+def start_all_gather(x: Tensor, group: Group, *, what: str = "") -> Pending:
     """Every rank's `x` along dim 0: [n, ...] -> [size * n, ...]; equal shapes. Collective over `group`."""
     if group.handle is None:
         return Pending(x)
-    return start_all_gather_into(x.new_empty(group.size * x.shape[0], *x.shape[1:]), x, group)
+    return start_all_gather_into(x.new_empty(group.size * x.shape[0], *x.shape[1:]), x, group, what=what)
 
 
-def all_gather(x: Tensor, group: Group) -> Tensor:
+def all_gather(x: Tensor, group: Group, *, what: str = "") -> Tensor:
     """`start_all_gather`, waited for."""
-    return start_all_gather(x, group).wait()
+    return start_all_gather(x, group, what=what).wait()
 
 
-def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
+def start_reduce_scatter(x: Tensor, group: Group, *, what: str = "") -> Pending:
     """The sum over the group, cut along dim 0: [size * n, ...] -> [n, ...]. Collective over `group`."""
     if group.handle is None:
         return Pending(x)
-    return start_reduce_scatter_into(x.new_empty(x.shape[0] // group.size, *x.shape[1:]), x, group)
+    return start_reduce_scatter_into(x.new_empty(x.shape[0] // group.size, *x.shape[1:]), x, group, what=what)
 
 
-def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+def reduce_scatter(x: Tensor, group: Group, *, what: str = "") -> Tensor:
     """`start_reduce_scatter`, waited for."""
-    return start_reduce_scatter(x, group).wait()
+    return start_reduce_scatter(x, group, what=what).wait()
 
 
-def barrier(group: Group) -> None:
+def barrier(group: Group, *, what: str = "") -> None:
     """Wait until every rank of the group is here. Blocks the host."""
     if group.handle is not None:
-        dist.barrier(group=group.handle)
+        number = group.note("barrier", what=what)
+        group.started(dist.barrier(group=group.handle, async_op=True), number).wait()
 
 
 def _alone(out: Tensor, x: Tensor) -> Pending:
@@ -133,12 +141,14 @@ def _alone(out: Tensor, x: Tensor) -> Pending:
     return Pending(out)
 
 
-def _swap(mine: Tensor, theirs: Tensor, group: Group) -> tuple[dist.Work, ...]:
+def _swap(mine: Tensor, theirs: Tensor, group: Group, what: str) -> tuple[Started, ...]:
     """Exchange equal tensors with the other rank of a pair. Gloo sends are buffered, so the order cannot deadlock."""
-    peer = group.ranks[1 - group.index]
-    send = dist.isend(mine, peer, group=group.handle, tag=COLLECTIVE_TAG)
-    receive = dist.irecv(theirs, peer, group=group.handle, tag=COLLECTIVE_TAG)
-    assert send is not None and receive is not None
+    place, batch = 1 - group.index, history.current().next_batch(group.axis)
+    note = {"peer": place, "tag": COLLECTIVE_TAG, "batch": batch, "what": what}
+    number = group.note("send", mine, **note)
+    send = group.started(dist.isend(mine, group.ranks[place], group=group.handle, tag=COLLECTIVE_TAG), number)
+    number = group.note("receive", theirs, **note)
+    receive = group.started(dist.irecv(theirs, group.ranks[place], group=group.handle, tag=COLLECTIVE_TAG), number)
     return send, receive
 
 

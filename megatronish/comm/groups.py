@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from megatronish.comm import history
+from megatronish.comm.history import Call, Started
 
 
 @dataclass(frozen=True)
@@ -14,9 +21,9 @@ class Group:
 
     axis: str
     ranks: tuple[int, ...]
-    """Global ranks, in the order of the axis."""
+    """Global ranks, in the order of the axis: a rank's place in the group."""
     index: int
-    """Position of this rank in `ranks`."""
+    """Place of this rank."""
     handle: dist.ProcessGroup | None = None
     """None exactly if the group has one rank: then nothing is communicated."""
     pairwise: bool = False
@@ -25,6 +32,16 @@ class Group:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def note(self, operation: str, x: Tensor | None = None, **more: Any) -> int:
+        """Put a call that is about to be made into this process's history; its number. `more`: see `history.Call`."""
+        size: dict[str, Any] = {} if x is None else {"num_elements": x.numel(), "dtype": _name_of(x.dtype)}
+        return history.current().call(Call(operation, self.axis, **size, **more))
+
+    def started(self, work: dist.Work | None, number: int) -> Started:
+        """The call of that number, under way."""
+        assert work is not None, "torch.distributed gives none to a rank outside the group"
+        return Started(work, self.axis, number)
 
 
 def single_process_group(axis: str = "world", rank: int = 0) -> Group:
@@ -37,6 +54,7 @@ def new_group(axis: str, ranks: Sequence[int], rank: int, *, device_kind: str) -
     ranks = tuple(ranks)
     if len(ranks) == 1:
         return Group(axis, ranks, 0)
+    history.current().open(axis, ranks)
     handle = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=axis)
     pairwise = len(ranks) == 2 and device_kind == "cpu"
     return Group(axis, ranks, ranks.index(rank), handle, pairwise)
@@ -47,4 +65,11 @@ def world_group(*, device_kind: str) -> Group:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return single_process_group()
     size = dist.get_world_size()
+    if "world" not in history.current().groups:
+        history.current().open("world", tuple(range(size)))
     return Group("world", tuple(range(size)), dist.get_rank(), dist.group.WORLD, size == 2 and device_kind == "cpu")
+
+
+@cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
 """What this process communicates, as it happens: the last few thousand events in training, all of them in a rehearsal.
 
-Every function of `comm/` that talks to torch.distributed, or makes the host wait, says so here first. Groups are named by their axis and
-peers by their place in the group, never by rank: ranks that differ in their coordinates alone have equal histories.
+Every function of `comm/` that talks to torch.distributed, or makes the host wait, says so here first. Groups are named by their
+axis and peers by their place in the group, never by rank: ranks that differ in their coordinates alone have equal histories.
 
 One process has one history, as it has one set of process groups: `current()`. A rehearsal puts its own there.
 """
@@ -14,9 +14,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import CodeType
-from typing import NamedTuple
-
+from typing import NamedTuple, Protocol
 
 RING_EVENTS = 4096
 """What a training process keeps: a few steps of a small layout, the last microbatches of a deep pipeline."""
@@ -104,6 +104,8 @@ class History:
         """Global ranks of each group, in the order of places."""
         self.num_calls: dict[str, int] = {}
         """By group, from the start, kept or not."""
+        self.num_announced: dict[str, int] = {}
+        """By group: those that this process has made or is about to make, communicators apart."""
         self.moment = Moment()
         self.waiting: Entry | None = None
         """The wait or host read that this process is in now."""
@@ -115,11 +117,13 @@ class History:
         """A communicator is about to be made."""
         self.groups[group] = ranks
         self.call(Call("open", group, len(ranks)))
+        self.num_announced[group] -= 1
 
     def call(self, call: Call) -> int:
         """A call is about to be made; its number on the group, from 0."""
         number = self.num_calls.get(call.group, 0)
         self.num_calls[call.group] = number + 1
+        self.num_announced[call.group] = self.num_announced.get(call.group, 0) + 1
         self._add(call._replace(site=self._site()))
         return number
 
@@ -159,6 +163,29 @@ class History:
 
 
 _current = History()
+
+
+class Waits(Protocol):
+    """torch.distributed's Work."""
+
+    def wait(self) -> bool:
+        """The result is there for what follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A call under way."""
+
+    work: Waits
+    group: str
+    number: int
+
+    def wait(self) -> None:
+        """Order its result before what follows: on CPU the host waits, on GPU the stream."""
+        history = _current
+        history.begin_wait(self.group, self.number)
+        self.work.wait()
+        history.end_wait()
 
 
 def current() -> History:

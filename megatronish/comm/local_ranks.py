@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatronish.comm.history import History, recording
 from megatronish.comm.recording import Recorder, register_recording_backend
 
 PRELOAD = ("torch", "torch.distributed")
@@ -115,14 +116,16 @@ def _serve(connection: Connection) -> None:
             function, rank, world_size, store_file, recorded, args, kwargs = connection.recv()
         except EOFError:
             return
+        recorder = Recorder()
         try:
             backend = "gloo"
             if recorded:
-                kwargs["recorder"] = Recorder()
-                backend = register_recording_backend(kwargs["recorder"], wrap_gloo=True)
+                kwargs["recorder"] = recorder
+                backend = register_recording_backend(recorder, wrap_gloo=True)
             if world_size > 1:
                 dist.init_process_group(backend, store=dist.FileStore(store_file, world_size), rank=rank, world_size=world_size)
-            result = (True, function(rank, *args, **kwargs))
+            with recording(recorder.history if recorded else History()):
+                result = (True, function(rank, *args, **kwargs))
         except BaseException:
             result = (False, traceback.format_exc())
         finally:

@@ -1,7 +1,8 @@
 """A process group that writes down every call: alone, as a rank of a job of any size that does not exist, or around a gloo group.
 
-It sits below torch.distributed, so it sees what a backend would see, whoever called. Without an inner group nothing is communicated
-and outputs keep what was in them: good for meta tensors, which have no values.
+It sits below torch.distributed, so it sees what a backend would see, whoever called; what did not come through `comm/` it adds to
+the process's history. Without an inner group nothing is communicated and outputs keep what was in them: good for meta tensors,
+which have no values.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from megatronish.comm.history import Call, History, recording
+
 _counter = itertools.count()
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call to a communicator."""
+class Intercepted:
+    """One call to a communicator, as a backend sees it."""
 
     operation: str
     """all_reduce, all_gather, reduce_scatter, send, receive or barrier."""
@@ -46,7 +49,9 @@ class Call:
 class Recorder:
     """The calls of one rank, in order."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Intercepted] = field(default_factory=list)
+    history: History = field(default_factory=lambda: History(most=None))
+    """The same, as `comm/` says it, and what waits for what."""
 
 
 class _Done(dist.Work):
@@ -70,6 +75,7 @@ class RecordingProcessGroup(dist.ProcessGroup):
         self.recorder = recorder
         self.inner = inner
         self._name, self._description = "", "world"
+        self._num_seen = 0
 
     def _pass_on(self, method: str, *arguments: Any) -> dist.Work:
         if self.inner is None:
@@ -91,7 +97,16 @@ class RecordingProcessGroup(dist.ProcessGroup):
 
     def _record(self, operation: str, x: Tensor | None = None, **more: Any) -> None:
         size: dict[str, Any] = {} if x is None else {"num_elements": x.numel(), "dtype": str(x.dtype).removeprefix("torch.")}
-        self.recorder.calls.append(Call(operation, self._description, self.ranks, **size, **more))
+        self.recorder.calls.append(Intercepted(operation, self._description, self.ranks, **size, **more))
+        self._add_unannounced(self.recorder.calls[-1])
+
+    def _add_unannounced(self, call: Intercepted) -> None:
+        history, axis = self.recorder.history, self._description
+        self._num_seen += 1
+        if history.num_announced.get(axis, 0) < self._num_seen:
+            place = None if call.peer is None else self.ranks.index(call.peer)
+            size = (call.num_elements, call.dtype, call.reduce_op, place, call.tag)
+            history.call(Call(call.operation, axis, *size, what="a call past megatronish/comm"))
 
     def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:  # type: ignore[override]
         self._record("all_reduce", tensors[0], reduce_op=_op_name(options.reduceOp))
@@ -135,7 +150,7 @@ def _op_name(op: Any) -> str:
 
 def register_recording_backend(recorder: Recorder, *, wrap_gloo: bool) -> str:
     """Register a backend whose groups record to `recorder`, around real gloo groups or around nothing; its name, for
-    `init_process_group`."""
+    `init_process_group`. The process's history must be the recorder's (`history.recording`)."""
 
     def create(options: Any, _: Any) -> RecordingProcessGroup:
         ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
@@ -154,11 +169,12 @@ def register_recording_backend(recorder: Recorder, *, wrap_gloo: bool) -> str:
 def rehearsed_world(rank: int, world_size: int) -> Iterator[Recorder]:
     """Be rank `rank` of a job of `world_size` ranks that does not exist: calls are recorded, nothing is sent. For meta tensors."""
     recorder = Recorder()
-    if world_size > 1:
-        backend = register_recording_backend(recorder, wrap_gloo=False)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)
-    try:
-        yield recorder
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with recording(recorder.history):
+        if world_size > 1:
+            backend = register_recording_backend(recorder, wrap_gloo=False)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)
+        try:
+            yield recorder
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from megatronish.comm import history
 from megatronish.errors import UserError
 
 
@@ -49,8 +50,11 @@ def set_numerics(*, cpu_threads: int, deterministic: bool) -> None:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all work so far. Blocks the host."""
+    record = history.current()
+    record.begin_read("end of all work")
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    record.end_wait()
 
 
 def wall_time(device: torch.device) -> float:

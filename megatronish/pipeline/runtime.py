@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from megatronish.batch import Batch
 from megatronish.comm import Group
-from megatronish.comm.exchange import PendingExchange, start_exchange
+from megatronish.comm.exchange import Parcel, PendingExchange, start_exchange
+from megatronish.comm.history import note_action
 from megatronish.pipeline.lower import Exchange, Message, Step, destination, needed_by, output_of
 from megatronish.pipeline.schedules import Backward, Forward
 from megatronish.pipeline.timeline import part_of
@@ -88,8 +89,10 @@ class PipelineRuntime:
         total = torch.zeros((), device=self.activation.device)
         for step in steps:
             if isinstance(step, Exchange):
+                note_action("exchange")
                 self._exchange(step, mail)
                 continue
+            note_action(str(step))
             part = part_of(step, stage.stage, stage.num_stages)
             needed = needed_by(step, part, stage.num_parts)
             received = None if needed is None else mail.take(needed)
@@ -112,8 +115,10 @@ class PipelineRuntime:
                 if on_loss is not None:
                     on_loss(step.microbatch, output)
                 total = total + output
+        note_action("last sends")
         for exchange in mail.under_way:
             exchange.wait_sent()
+        note_action("")
         return total
 
     def _hand_on(self, message: Message, tensor: Tensor, mail: _Mail) -> None:
@@ -125,11 +130,11 @@ class PipelineRuntime:
     def _exchange(self, step: Exchange, mail: _Mail) -> None:
         """Post all of it. What is received is waited for by the action that needs it; until then this stage computes on."""
         spec = self.activation
-        sends = [(mail.outgoing.pop(message).contiguous(), message.tag) for message in step.sends]
+        sends = [Parcel(mail.outgoing.pop(message).contiguous(), message.tag, str(message)) for message in step.sends]
         arriving = {m: torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for m in step.receives}
         exchange = start_exchange(
             sends=sends,
-            receives=[(tensor, message.tag) for message, tensor in arriving.items()],
+            receives=[Parcel(tensor, message.tag, str(message)) for message, tensor in arriving.items()],
             peer_index=step.peer_stage,
             group=self.group,
             device_kind=self.device_kind,

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatronish.assemble import mesh_shape
 from megatronish.checkpoint.storage import NoStorage
 from megatronish.comm.groups import world_group
-from megatronish.comm.recording import Call, rehearsed_world
+from megatronish.comm.recording import Recorder, rehearsed_world
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import SyntheticDataset
 from megatronish.parallel.mesh import build_mesh
@@ -40,12 +40,12 @@ def synthetic_datasets(config: Config) -> Datasets:
     return Datasets(train, train if held_out else None, None)
 
 
-def rehearse(config: Config, *, rank: int, world_size: int, device_kind: str = "cuda") -> list[Call]:
+def rehearse(config: Config, *, rank: int, world_size: int, device_kind: str = "cuda") -> Recorder:
     """The calls of `rank` in a job of `world_size`: the whole of `train.run_training`, with nothing on any disk or device."""
     meta = torch.device("meta")
     with rehearsed_world(rank, world_size) as recorder:
         play(config, rank, world_size, device=meta, device_kind=device_kind)
-    return recorder.calls
+    return recorder
 
 
 def play(config: Config, rank: int, world_size: int, *, device: torch.device, device_kind: str) -> None:

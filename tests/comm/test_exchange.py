@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatronish.comm.collectives import all_reduce
-from megatronish.comm.exchange import start_exchange
+from megatronish.comm.exchange import Parcel, start_exchange
 from megatronish.comm.groups import world_group
 from tests.ranks import ranks
 
@@ -20,7 +20,11 @@ def both_ways(rank: int) -> tuple[float, float]:
     group = world_group(device_kind="cpu")
     received = torch.empty(BIG)
     exchange = start_exchange(
-        sends=[(torch.full((BIG,), float(rank)), 3)], receives=[(received, 3)], peer_index=1 - rank, group=group, device_kind="cpu"
+        sends=[Parcel(torch.full((BIG,), float(rank)), 3)],
+        receives=[Parcel(received, 3)],
+        peer_index=1 - rank,
+        group=group,
+        device_kind="cpu",
     )
     exchange.wait_received()
     exchange.wait_sent()
@@ -35,12 +39,12 @@ def by_tag(rank: int) -> list[float]:
     """Rank 0 sends tags 5, 6, 7; rank 1 asks for them in another order."""
     group = world_group(device_kind="cpu")
     if rank == 0:
-        sends = [(torch.full((8,), float(tag)), tag) for tag in (5, 6, 7)]
+        sends = [Parcel(torch.full((8,), float(tag)), tag) for tag in (5, 6, 7)]
         start_exchange(sends=sends, receives=[], peer_index=1, group=group, device_kind="cpu").wait_sent()
         return []
-    receives = [(torch.empty(8), tag) for tag in (7, 5, 6)]
+    receives = [Parcel(torch.empty(8), tag) for tag in (7, 5, 6)]
     start_exchange(sends=[], receives=receives, peer_index=0, group=group, device_kind="cpu").wait_received()
-    return [tensor.mean().item() for tensor, _ in receives]
+    return [tensor.mean().item() for tensor, _, _ in receives]
 
 
 def test_messages_are_paired_by_tag() -> None:
@@ -52,7 +56,11 @@ def under_a_collective(rank: int) -> tuple[Tensor, Tensor]:
     group = world_group(device_kind="cpu")
     received, total = torch.empty(1000), torch.full((1000,), float(rank + 1))
     exchange = start_exchange(
-        sends=[(torch.full((1000,), 10.0 + rank), 0)], receives=[(received, 0)], peer_index=1 - rank, group=group, device_kind="cpu"
+        sends=[Parcel(torch.full((1000,), 10.0 + rank), 0)],
+        receives=[Parcel(received, 0)],
+        peer_index=1 - rank,
+        group=group,
+        device_kind="cpu",
     )
     all_reduce(total, group)
     exchange.wait_received()
@@ -71,9 +79,9 @@ def chain(rank: int) -> float:
     group = world_group(device_kind="cpu")
     x = torch.zeros(BIG // 8)
     if rank > 0:
-        start_exchange(sends=[], receives=[(x, 1)], peer_index=rank - 1, group=group, device_kind="cpu").wait_received()
+        start_exchange(sends=[], receives=[Parcel(x, 1)], peer_index=rank - 1, group=group, device_kind="cpu").wait_received()
     if rank < group.size - 1:
-        exchange = start_exchange(sends=[(x + 1, 1)], receives=[], peer_index=rank + 1, group=group, device_kind="cpu")
+        exchange = start_exchange(sends=[Parcel(x + 1, 1)], receives=[], peer_index=rank + 1, group=group, device_kind="cpu")
         gc.collect()
         for _ in range(4):
             torch.full_like(x, -1.0)  # would reuse the memory of a freed message

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatronish.assemble import mesh_shape
-from megatronish.comm.recording import Call, Recorder
+from megatronish.comm.recording import Intercepted, Recorder
 from megatronish.config import BatchRamp, Config
 from megatronish.config_loader import load_config
 from megatronish.preflight.rehearse import play, rehearse, shortened
@@ -35,10 +35,12 @@ def corner_ranks(config: Config) -> list[int]:
     return sorted({shape.rank_of({"pp": stage, **corner}) for stage in stages for corner in corners})
 
 
-def rehearse_config(path: Path, rank: int) -> list[Call]:
+def rehearse_config(path: Path, rank: int) -> list[Intercepted]:
     config = load_config(path, ["train.eval_interval=0"])
     world_size = world_size_of(config)
-    return rehearse(shortened(config, world_size, num_microbatches=2 * config.parallel.pipeline), rank=rank, world_size=world_size)
+    return rehearse(
+        shortened(config, world_size, num_microbatches=2 * config.parallel.pipeline), rank=rank, world_size=world_size
+    ).calls
 
 
 @pytest.mark.slow
@@ -61,7 +63,7 @@ def test_every_shipped_config_builds_and_steps_at_full_size() -> None:
         assert any(c.axis == "dp" for c in calls), f"{path.name} rank {rank} reduces no gradient"
 
 
-def record_real_run(rank: int, config: Config, world_size: int, recorder: Recorder) -> list[Call]:
+def record_real_run(rank: int, config: Config, world_size: int, recorder: Recorder) -> list[Intercepted]:
     play(config, rank, world_size, device=torch.device("cpu"), device_kind="cpu")
     return recorder.calls
 
@@ -87,7 +89,7 @@ def test_recorded_calls_equal_those_of_a_real_run(case: Case) -> None:
     config = case.config().model_copy(update={"data": held_out, "train": train})
     real = ranks(case.world_size).run(record_real_run, config, case.world_size, recorded=True)
     for rank in range(case.world_size):
-        rehearsed = rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu")
+        rehearsed = rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu").calls
         assert len(real[rank]) > 30
         for number, (expected, got) in enumerate(zip(real[rank], rehearsed, strict=False)):
             assert got == expected, f"rank {rank}, call {number}: real {expected}, rehearsed {got}"
@@ -113,4 +115,4 @@ def test_a_ramp_samples_and_patience_communicate_the_same_in_a_rehearsal(case: C
     )
     real = ranks(case.world_size).run(record_real_run, config, case.world_size, recorded=True)
     for rank in range(case.world_size):
-        assert rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu") == real[rank], f"rank {rank}"
+        assert rehearse(config, rank=rank, world_size=case.world_size, device_kind="cpu").calls == real[rank], f"rank {rank}"
