@@ -12,6 +12,7 @@ import torch
 from megatronish import checkpointing, formulas
 from megatronish.assemble import Assembly
 from megatronish.comm import streams
+from megatronish.comm.history import phase
 from megatronish.comm.host import read_values
 from megatronish.data.loader import evaluation_batches
 from megatronish.early_stopping import EarlyStopping
@@ -70,7 +71,8 @@ class AfterStep:
     def begin(self, first_step: int) -> None:
         """Called before the first step of this life. Collective over the job."""
         if first_step == 1:
-            self.evaluate(0)
+            with phase("evaluate", 0):
+                self.evaluate(0)
         if self.run.config.observe.memory_snapshot_step is not None and not streams.record_memory(self.run.mesh.device):
             self.around.log.info("observe.memory_snapshot_step: a CPU has no allocator history; nothing will be written")
         self.profile.before(first_step)
@@ -78,6 +80,10 @@ class AfterStep:
     def __call__(self, result: StepResult) -> bool:
         """Log, evaluate, sample and save as the config says, and on log steps as RUN/STOP and RUN/SAVE ask. Collective over the
         job. Returns whether the run goes on: False after the last step, on request, and where early stopping ends it."""
+        with phase("after", result.step):
+            return self._follow(result)
+
+    def _follow(self, result: StepResult) -> bool:
         config, step, asked = self.run.config, result.step, Requests()
         self.saver.between_steps()
         is_last = step == config.num_steps
@@ -86,12 +92,15 @@ class AfterStep:
             self.report(result)
             asked = self.requests.ask(world=self.run.mesh.groups["world"], device=self.run.mesh.device)
         if _is_due(step, config.train.eval_interval) or (is_last and config.train.eval_interval):
-            self.evaluate(step)
+            with phase("evaluate", step):
+                self.evaluate(step)
         if _is_due(step, config.observe.sample_interval) or (is_last and config.observe.sample_interval):
-            self.sample(step)
+            with phase("sample", step):
+                self.sample(step)
         ends = is_last or asked.stop or self.is_out_of_patience(step)
         if must_save or asked.save or ends:
-            self.save(step)
+            with phase("save", step):
+                self.save(step)
         if asked.stop and not is_last:
             self.around.log.info("stopped after step %d of %d, as RUN/STOP asked; the same command goes on", step, config.num_steps)
         if asked.stop:  # a request that is gone with nothing saved would be forgotten

@@ -224,7 +224,7 @@ def evaluate(
         totals += evaluate_batch(pipeline, steps, batch, config.train.micro_batch_size, mesh)
         if on_batch is not None:
             on_batch(number, num_batches)
-    loss_sum, num_targets = read_values(all_reduce(totals, mesh.groups["world"]), [1.0, 1.0])
+    loss_sum, num_targets = read_values(all_reduce(totals, mesh.groups["world"], what="held-out loss"), [1.0, 1.0])
     return loss_sum, num_targets
 
 

@@ -51,7 +51,7 @@ def _last_words(run: Assembly, state: GuardState, lines: Sequence[str]) -> str:
 def _origins(run: Assembly) -> list[tuple[int, str]]:
     """(step, where it went wrong first) of each kept record, from the records of all ranks. Collective over the job."""
     mesh, guard = run.mesh, run.trainer.guard
-    gathered = all_gather(guard.records.flatten(), mesh.groups["world"])
+    gathered = all_gather(guard.records.flatten(), mesh.groups["world"], what="bad steps")
     values = read_values(gathered, [0] * gathered.numel())
     length = guard.records.numel()
     by_rank = [records_of(values[rank * length : (rank + 1) * length]) for rank in range(mesh.shape.num_ranks)]

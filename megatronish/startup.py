@@ -49,7 +49,7 @@ def require_agreement(facts: Mapping[str, str], *, world: Group, device: torch.d
 
 def _require_equal_rows(facts: Mapping[str, str], *, world: Group, device: torch.device) -> None:
     hashes = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little") for text in facts.values()]
-    rows = all_gather(torch.tensor(hashes, dtype=torch.int64, device=device), world).view(world.size, -1)
+    rows = all_gather(torch.tensor(hashes, dtype=torch.int64, device=device), world, what="facts of the run").view(world.size, -1)
     same = rows == rows[0]
     if read_scalar(same.all(), 1.0):
         return
@@ -89,14 +89,16 @@ def dry_batch(run: Assembly, step: int) -> float:
 def _require_finite_parameters(run: Assembly) -> None:
     """RunStopped, the same on every rank, that names a parameter which is not finite. Collective over the job."""
     world, parameters = run.mesh.groups["world"], run.cut.parameters
-    finite = all_gather(parameters.all_finite().to(torch.int64).view(1), world)
+    finite = all_gather(parameters.all_finite().to(torch.int64).view(1), world, what="finite parameters")
     if read_scalar(finite.all(), 1.0):
         return
     # By its number in the table that all ranks share; -1: this rank's are finite.
     names = list(run.cut.layout.placements)
     own = parameters.first_not_finite()
     number = torch.tensor([-1 if own is None else names.index(own)], device=run.mesh.device)
-    numbers = [int(value) for value in read_values(all_gather(number, world), [0] * world.size)]
+    numbers = [
+        int(value) for value in read_values(all_gather(number, world, what="parameters that are not finite"), [0] * world.size)
+    ]
     rank = next(rank for rank, number in enumerate(numbers) if number >= 0)
     where = f"on rank {rank} [{run.mesh.shape.describe(rank)}]"
     raise RunStopped(

@@ -15,6 +15,7 @@ from megatronish.after_step import AfterStep
 from megatronish.assemble import DTYPES, Assembly, assemble, mesh_shape
 from megatronish.comm import barrier, streams
 from megatronish.comm.groups import world_group
+from megatronish.comm.history import phase
 from megatronish.config import Config
 from megatronish.config_loader import load_config
 from megatronish.constraints import warnings
@@ -65,7 +66,7 @@ def train_in_folder(config: Config, mesh: Mesh, datasets: Datasets, place: Place
     folder = RunFolder.of(config)
     if mesh.rank == 0:
         folder.prepare(config)
-    barrier(mesh.groups["world"])
+    barrier(mesh.groups["world"], what="run folder")
     log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
     log.info("%s", place.describe())
     token = f"{place.run_id}/{place.restart}"
@@ -97,8 +98,10 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         # Which samples a step takes follows from the config alone, resumed or not.
         schedule, seed = config.batch_schedule, config.train.seed
         loader = BatchLoader(datasets.train, seed=seed, schedule=schedule, prefetch=around.prefetch, **share)
-        run = assemble(config, mesh, stack.enter_context(loader))
-        resumed = resume_or_draw(run, around.folder, datasets.train, log)
+        with phase("build"):
+            run = assemble(config, mesh, stack.enter_context(loader))
+        with phase("resume"):
+            resumed = resume_or_draw(run, around.folder, datasets.train, log)
         done, early_stopping = resumed.step, EarlyStopping(config.train.patience)
         early_stopping.restore(resumed.numbers.get("early_stopping", {}))
         if is_writer:
@@ -111,7 +114,8 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
             log.info("step %d of %d: this run has stopped early: %s", done, config.num_steps, early_stopping.describe())
             return
         peak = peak_tflops(config, mesh, around.ranks_per_host)
-        loss = dry_batch(run, done + 1)
+        with phase("dry batch"):
+            loss = dry_batch(run, done + 1)
         log.info("dry batch: loss %.4f; every parameter, the loss and the gradients are finite", loss)
         metrics = progress = None
         if is_writer:
@@ -165,7 +169,7 @@ def peak_tflops(config: Config, mesh: Mesh, ranks_per_host: int) -> float:
         return config.observe.peak_tflops
     if mesh.device_kind == "cuda":
         return formulas.peak_tflops(streams.device_name(mesh.device), config.train.dtype) or math.nan
-    barrier(mesh.groups["world"])  # while one measures, the others wait
+    barrier(mesh.groups["world"], what="measured peak")  # while one measures, the others wait
     measured = measure_matmul_tflops(DTYPES[config.train.dtype]) if mesh.rank == 0 else math.nan
-    barrier(mesh.groups["world"])
+    barrier(mesh.groups["world"], what="measured peak")
     return measured / ranks_per_host

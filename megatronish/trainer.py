@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatronish.batch import Batch
 from megatronish.comm import all_reduce
+from megatronish.comm.history import phase
 from megatronish.comm.streams import PhaseClock
 from megatronish.config import Config
 from megatronish.optim.grad_buffer import GradBuffer
@@ -64,7 +65,9 @@ class Trainer:
     def fit(self, first_step: int, last_step: int) -> Iterator[StepResult]:
         """Train steps first_step .. last_step (the first of a run is 1), yielding after each."""
         for step in range(first_step, last_step + 1):
-            yield self.train_step(step)
+            with phase("train", step):
+                result = self.train_step(step)
+            yield result
 
     def train_step(self, step: int) -> StepResult:
         """One optimizer step on one global batch. Collective over the whole job; the host does not wait for a GPU."""
@@ -87,7 +90,7 @@ class Trainer:
 
     def count_targets(self, batch: Batch) -> Tensor:
         """The global batch's number of target tokens, which every loss is divided by, once; a scalar in the gradients' dtype."""
-        return all_reduce(batch.loss_mask_SB.sum(dtype=self.grads.dtype), self.mesh.groups["dp"])
+        return all_reduce(batch.loss_mask_SB.sum(dtype=self.grads.dtype), self.mesh.groups["dp"], what="number of targets")
 
     def accumulate_gradients(self, batch: Batch, num_targets: Tensor) -> Tensor:
         """Forward and backward of all microbatches: gradients into the buckets, the sum of this rank's token losses returned."""
@@ -111,7 +114,7 @@ class Trainer:
         counted = self.mesh.is_last_stage and self.mesh.index("tp") == 0
         square_sum = owned_square_sum(self.grads)
         both = torch.stack((local_loss.to(square_sum.dtype) * float(counted), square_sum))
-        loss, total = all_reduce(both, self.mesh.groups["world"]).unbind()
+        loss, total = all_reduce(both, self.mesh.groups["world"], what="loss and gradient norm").unbind()
         return loss, total.sqrt() / self.guard.loss_scale
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
@@ -120,7 +123,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=self.grads.dtype, device=self.mesh.device)
         for batch in batches:
             totals += evaluate_batch(self.pipeline, self.evaluation_steps, batch, self.config.train.micro_batch_size, self.mesh)
-        loss_sum, num_targets = all_reduce(totals, self.mesh.groups["world"]).unbind()
+        loss_sum, num_targets = all_reduce(totals, self.mesh.groups["world"], what="held-out loss").unbind()
         return loss_sum, num_targets
 
 

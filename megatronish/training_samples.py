@@ -51,7 +51,7 @@ class _LikeliestToken:
         columns_V = torch.arange(start, stop, device=local_BV.device)
         best_B, index_B = local_BV.masked_fill(columns_V >= self.vocab_size, -torch.inf).max(-1)
         # A float64 holds a token's number exactly: one gathering for both.
-        of_ranks_R2B = all_gather(torch.stack((best_B, (index_B + start).double()))[None], self.group)
+        of_ranks_R2B = all_gather(torch.stack((best_B, (index_B + start).double()))[None], self.group, what="likeliest tokens")
         winner_1B = of_ranks_R2B[:, 0].argmax(0, keepdim=True)
         self.chosen_B = of_ranks_R2B[:, 1].gather(0, winner_1B)[0].long()
         return torch.zeros((), device=logits_SBV.device)
@@ -103,7 +103,7 @@ class TrainingSamples:
             self._pick.place_B = lengths_B + (i - 1)
             self._pipeline.run(self._steps, [batch])
             # Zeros on all stages but the last. A copy: the sum is in place.
-            tokens_SB[lengths_B + i, samples_B] = all_reduce(self._pick.chosen_B.clone(), mesh.groups["pp"])
+            tokens_SB[lengths_B + i, samples_B] = all_reduce(self._pick.chosen_B.clone(), mesh.groups["pp"], what="chosen tokens")
         places_NB = lengths_B + torch.arange(self.num_tokens, device=mesh.device)[:, None]
         flat = tokens_SB.gather(0, places_NB).t().flatten()
         values = [int(value) for value in read_values(flat, [0] * flat.numel())]

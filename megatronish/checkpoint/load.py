@@ -155,7 +155,7 @@ def newest_loadable(root: Path, *, world: Group, log: Callable[[str], None], dev
         steps = [step for path in find_checkpoints(root) if (step := step_of(path.name)) is not None]
         own = next((step for step in steps if below is None or step < below), -1)
         # Views of a network file system may differ; a checkpoint that only some ranks see is refused by name, not passed over.
-        step = max(step for (step,) in gather_rows([own], world, device))
+        step = max(step for (step,) in gather_rows([own], world, device, what="newest checkpoint"))
         if step < 0:
             break
         path = root / checkpoint_name(step)

@@ -175,7 +175,9 @@ def failure_row(job: SaveJob, error: Exception) -> Row:
 def gather(job: SaveJob, part: Part) -> list[Row]:
     """Every rank's row. Collective over `job.world`."""
     assumed = [astuple(replace(part.row, num_pieces=len(pieces))) for pieces in part.plan]
-    return [Row(*values) for values in gather_rows(astuple(part.row), job.world, job.device, assumed=assumed)]
+    return [
+        Row(*values) for values in gather_rows(astuple(part.row), job.world, job.device, what="parts of a save", assumed=assumed)
+    ]
 
 
 def accept(job: SaveJob, rows: Sequence[Row], error: Exception | None) -> None:

@@ -98,7 +98,12 @@ def examine(path: Path, *, world: Group, device: torch.device) -> tuple[Manifest
         manifest, own_problem = None, f"checkpoint {path} could not be examined: {error!r}"
     named = [*findings, *[Finding()] * _MAX_NAMED][:_MAX_NAMED]
     numbers = [number for finding in named for number in astuple(finding)]
-    rows = gather_rows([int(manifest is not None), manifest.fingerprint if manifest else 0, len(findings), *numbers], world, device)
+    rows = gather_rows(
+        [int(manifest is not None), manifest.fingerprint if manifest else 0, len(findings), *numbers],
+        world,
+        device,
+        what="verdict on a checkpoint",
+    )
     blind = [rank for rank, (has_manifest, *_) in enumerate(rows) if not has_manifest]
     if blind:
         return None, own_problem or f"checkpoint {path}: rank {blind[0]} could not use its {MANIFEST}"

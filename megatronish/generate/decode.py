@@ -117,5 +117,5 @@ class Generator:
             start, stop = shard_range(self.padded_vocab_size, self.tp.index, self.tp.size)
             whole_BV = local_BV.new_zeros(local_BV.shape[0], self.padded_vocab_size)
             whole_BV[:, start:stop] = local_BV
-            local_BV = all_reduce(whole_BV, self.tp)  # each element is a sum with zeros: exact
+            local_BV = all_reduce(whole_BV, self.tp, what="logits")  # each element is a sum with zeros: exact
         return local_BV[:, : self.vocab_size]

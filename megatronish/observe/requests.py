@@ -38,7 +38,7 @@ class RequestFiles:
     def ask(self, *, world: Group, device: torch.device) -> Requests:
         """What is asked for now: the same answer on every rank. Collective over `world`, one all-reduce of two numbers; waits."""
         seen = [float(self._looks and path.exists()) for path in self._paths.values()]
-        answer = all_reduce(torch.tensor(seen, device=device), world, "max")
+        answer = all_reduce(torch.tensor(seen, device=device), world, "max", what="requests")
         stop, save = read_values(answer, [0.0, 0.0])
         return Requests(stop=stop > 0, save=save > 0)
 

@@ -130,18 +130,19 @@ class GradBuffer:
     def _start_reduction(self, index: int) -> Pending:
         bucket, flat, dp = self.buckets[index], self.flat[index], self.groups["dp"]
         self._note_local(index, flat)
+        what = f"gradients of bucket {index}"
         for axis in bucket.sum_gradient_over:
-            all_reduce(flat, self.groups[axis])
+            all_reduce(flat, self.groups[axis], what=what)
         if self.reduce_dtype == self.dtype:
             if self.zero_stage == 0:
-                return start_all_reduce(flat, dp)
-            return start_reduce_scatter_into(self.owned(index), flat, dp)
+                return start_all_reduce(flat, dp, what=what)
+            return start_reduce_scatter_into(self.owned(index), flat, dp, what=what)
         if self.zero_stage == 0:
-            return _widened_into(flat, start_all_reduce(flat.to(self.reduce_dtype), dp))
+            return _widened_into(flat, start_all_reduce(flat.to(self.reduce_dtype), dp, what=what))
         total = torch.empty(bucket.num_elements // dp.size, dtype=self.reduce_dtype, device=self.device)
         # What was accumulated is read no more: its memory holds what is sent.
         sent = narrow_in_place(flat, self.reduce_dtype)
-        return _widened_into(self.owned(index), start_reduce_scatter_into(total, sent, dp))
+        return _widened_into(self.owned(index), start_reduce_scatter_into(total, sent, dp, what=what))
 
     def _note_local(self, index: int, flat: Tensor) -> None:
         """Add what this rank computed for bucket `index`, in `flat`, to `local_max`."""

@@ -83,7 +83,7 @@ class ZeroAdamW:
         for index in reversed(range(len(self.parameters.buckets))):
             start, stop = self._updated_range(self.parameters.buckets[index])
             flat = self.parameters.flat[index]
-            self._gathering[index] = start_all_gather_into(flat, flat[start:stop], self.dp)
+            self._gathering[index] = start_all_gather_into(flat, flat[start:stop], self.dp, what=f"parameters of bucket {index}")
 
     def ensure_parameters(self, names: Iterable[str] | None = None) -> None:
         """Wait until the named parameters (default: all) hold this step's values: the one place that waits for the gathering."""

@@ -40,7 +40,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         if terms.label_smoothing:
             parts.append(sum_of_logits(logits_TV, columns.num_valid))
         group = columns.group
-        parts_RPT = all_gather(torch.stack(parts), group).view(group.size, len(parts), -1)
+        parts_RPT = all_gather(torch.stack(parts), group, what="parts of the loss").view(group.size, len(parts), -1)
         max_RT, sum_exp_RT, target_RT, *sums_RT = parts_RPT.unbind(1)
         max_T = max_RT.amax(0)
         log_sum_exp_T = (sum_exp_RT * (max_RT - max_T).exp()).sum(0).log() + max_T

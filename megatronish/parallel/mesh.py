@@ -102,5 +102,5 @@ def build_mesh(shape: MeshShape, rank: int, *, device: torch.device, device_kind
         groups[axis] = new_group(axis, its_ranks, rank, device_kind=kind)
         # Opened at once and by all members: NCCL builds a communicator at its first call, which must not be a pipeline's exchange
         # between two of them.
-        all_reduce(torch.zeros(1, device=device), groups[axis])
+        all_reduce(torch.zeros(1, device=device), groups[axis], what="first call")
     return Mesh(shape, rank, groups, device, kind)

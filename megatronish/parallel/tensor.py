@@ -43,16 +43,18 @@ class TensorParallel:
     regather_input: bool
     """Column layers gather their input again for backward instead of keeping S tokens: saves memory, costs an all-gather."""
     sink: WeightGradientSink
+    name: str = ""
+    """The module's global name."""
 
     def start_gather(self, x: Tensor) -> Pending:
         """[S/tp, ...] -> [S, ...] under sequence parallelism, else x."""
-        return start_all_gather(x, self.group) if self.sequence_parallel else Pending(x)
+        return start_all_gather(x, self.group, what=self.name) if self.sequence_parallel else Pending(x)
 
     def start_sum(self, x: Tensor) -> Pending:
         """Partial [S, ...] -> summed [S/tp, ...] under sequence parallelism, else summed [S, ...] in place."""
         if self.sequence_parallel:
-            return start_reduce_scatter(x, self.group)
-        return start_all_reduce(x, self.group)
+            return start_reduce_scatter(x, self.group, what=self.name)
+        return start_all_reduce(x, self.group, what=self.name)
 
 
 Remake = Callable[[], Tensor]
@@ -285,7 +287,7 @@ def apply_plan(model: nn.Module, plan: Plan, tp: TensorParallel) -> None:
     for name, module in list(owners(model)):
         _, rule = find_rule(plan, name)
         if not isinstance(rule, Replicated):
-            model.set_submodule(name, _cut_module(rule, module, tp))
+            model.set_submodule(name, _cut_module(rule, module, replace(tp, name=name)))
 
 
 def _cut_module(rule: Rule, module: nn.Module, tp: TensorParallel) -> nn.Module:
