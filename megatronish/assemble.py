@@ -33,11 +33,12 @@ from megatronish.parallel.loss import LossTerms, vocab_parallel_cross_entropy
 from megatronish.parallel.mesh import Mesh, MeshShape
 from megatronish.parallel.recompute import recompute_blocks, recompute_selectively
 from megatronish.parallel.tensor import TensorParallel, apply_plan, make_param_layout
-from megatronish.pipeline.lower import Step, lower
+from megatronish.pipeline.lower import Step, Traffic, lower
 from megatronish.pipeline.runtime import ActivationSpec, PipelineRuntime
 from megatronish.pipeline.schedules import Action, Forward, actions_of_all_stages
 from megatronish.pipeline.split import split_layers
 from megatronish.pipeline.stage import Stage
+from megatronish.remember import remembered
 from megatronish.trainer import BatchSource, Trainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -81,16 +82,23 @@ def _balanced_parts(config: Config, num_parts: int) -> list[range]:
 
 def plain_stages(config: Config) -> list[nn.Module]:
     """Every stage of the plain model, on the meta device: shapes and names, no memory."""
+    return [plain_stage(config, stage) for stage in range(config.parallel.pipeline)]
+
+
+def plain_stage(config: Config, stage: int) -> nn.Module:
+    """One of `plain_stages`."""
     architecture = MODELS[config.model.architecture]
-    return [
-        architecture.module(
-            config.model,
-            chunks=chunks,
-            dtype=DTYPES[config.train.dtype],
-            device="meta",
-        )
-        for chunks in split_model(config)
-    ]
+    chunks = split_model(config)[stage]
+    module: nn.Module = architecture.module(config.model, chunks=chunks, dtype=DTYPES[config.train.dtype], device="meta")
+    return module
+
+
+@remembered
+def param_layout(config: Config, tp_size: int, sequence_parallel: bool) -> ParamLayout:
+    """The whole model's table."""
+    architecture = MODELS[config.model.architecture]
+    plan, tied = architecture.plan(config.model), architecture.tied_parameters(config.model)
+    return make_param_layout(plain_stages(config), plan, tp_size=tp_size, sequence_parallel=sequence_parallel, tied=tied)
 
 
 @dataclass
@@ -121,10 +129,8 @@ def backward_order(layout: ParamLayout, stage: int) -> list[str]:
 def cut_model(config: Config, mesh: Mesh) -> CutModel:
     """Build this rank's stage under global names, cut it by its plan, and give it flat memory (NaN until drawn or loaded)."""
     architecture = MODELS[config.model.architecture]
-    plan, tied = architecture.plan(config.model), architecture.tied_parameters(config.model)
-    stages = plain_stages(config)
     sequence_parallel = config.parallel.sequence and mesh.size("tp") > 1
-    layout = make_param_layout(stages, plan, tp_size=mesh.size("tp"), sequence_parallel=sequence_parallel, tied=tied)
+    layout = param_layout(config, mesh.size("tp"), sequence_parallel)
     gradients = WeightGradientQueue()
     tp = TensorParallel(
         group=mesh.groups["tp"],
@@ -133,8 +139,8 @@ def cut_model(config: Config, mesh: Mesh) -> CutModel:
         regather_input=mesh.device_kind != "cpu" and sequence_parallel and config.parallel.recompute_of(mesh.index("pp")) != "full",
         sink=gradients,
     )
-    model = stages[mesh.index("pp")]
-    apply_plan(model, plan, tp)
+    model = plain_stage(config, mesh.index("pp"))
+    apply_plan(model, architecture.plan(config.model), tp)
     place_dropout(model, seed=config.train.seed, tp_index=mesh.index("tp"), sequence_parallel=sequence_parallel)
     buckets = buckets_of(config, layout, stage=mesh.index("pp"), tp_rank=mesh.index("tp"), dp_size=mesh.size("dp"))
     parameters = FlatParameters(model, buckets, dtype=DTYPES[config.train.dtype], device=mesh.device)
@@ -189,16 +195,21 @@ def build_pipeline(config: Config, mesh: Mesh, model: nn.Module) -> PipelineRunt
 def training_steps(config: Config, mesh: Mesh, num_microbatches: int) -> list[Step]:
     """This stage's lowered schedule."""
     parallel = config.parallel
-    actions = actions_of_all_stages(parallel.schedule, mesh.size("pp"), num_microbatches, num_chunks=parallel.num_chunks)
-    return lower(actions, mesh.index("pp"))
+    return _traffic(parallel.schedule, parallel.pipeline, num_microbatches, parallel.num_chunks, "all").steps(mesh.index("pp"))
 
 
 def evaluation_steps(config: Config, mesh: Mesh) -> list[Step]:
     """The forwards of the training step, lowered."""
     m, parallel = config.num_microbatches(mesh.shape.num_ranks), config.parallel
-    actions_by_stage = actions_of_all_stages(parallel.schedule, mesh.size("pp"), m, num_chunks=parallel.num_chunks)
-    forwards = [[action for action in actions if isinstance(action, Forward)] for actions in actions_by_stage]
-    return lower(forwards, mesh.index("pp"))
+    return _traffic(parallel.schedule, parallel.pipeline, m, parallel.num_chunks, "forwards").steps(mesh.index("pp"))
+
+
+@remembered
+def _traffic(schedule: str, num_stages: int, num_microbatches: int, num_chunks: int, kinds: Literal["all", "forwards"]) -> Traffic:
+    actions = actions_of_all_stages(schedule, num_stages, num_microbatches, num_chunks=num_chunks)
+    if kinds == "forwards":
+        actions = [[action for action in of_stage if isinstance(action, Forward)] for of_stage in actions]
+    return Traffic(actions)
 
 
 def forward_steps(config: Config, mesh: Mesh) -> list[Step]:

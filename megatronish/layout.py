@@ -81,8 +81,10 @@ class Rectangle:
 def shard_range(size: int, index: int, count: int) -> tuple[int, int]:
     """[start, stop) of part `index` of `count`: contiguous, and the first `size % count` parts have one more."""
     base, extra = divmod(size, count)
-    start = index * base + min(index, extra)
-    return start, start + base + (index < extra)
+    length = base + 1 if extra and index < extra else base
+    # Where a part lies is data: a rehearsal follows a rank's coordinate no further (preflight/coordinates.py), but how long it is.
+    start = int(index) * base + min(int(index), extra)
+    return start, start + length
 
 
 def rectangles_of_flat_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Rectangle, int]]:

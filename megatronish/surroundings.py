@@ -21,6 +21,8 @@ from megatronish.text_measure import TextMeasure
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from megatronish.assemble import Assembly
+
 
 @dataclass(frozen=True)
 class Datasets:
@@ -63,6 +65,8 @@ class Surroundings:
     device_copy: Callable[[Tensor], Tensor] | None = None
     """None: to the mesh's device."""
     ranks_per_host: int = 1
+    adapt: Callable[[Assembly], None] | None = None
+    """What a rehearsal changes in what was built."""
 
     @property
     def keeps_files(self) -> bool:

@@ -100,6 +100,8 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         loader = BatchLoader(datasets.train, seed=seed, schedule=schedule, prefetch=around.prefetch, **share)
         with phase("build"):
             run = assemble(config, mesh, stack.enter_context(loader))
+            if around.adapt is not None:
+                around.adapt(run)
         with phase("resume"):
             resumed = resume_or_draw(run, around.folder, datasets.train, log)
         done, early_stopping = resumed.step, EarlyStopping(config.train.patience)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatronish.comm import history
 from megatronish.comm.groups import Group
-from megatronish.comm.history import Started
+from megatronish.comm.history import Started, Waits
 
 
 class Parcel(NamedTuple):
@@ -42,13 +42,39 @@ class PendingExchange:
         self.sends = []
 
 
+class Post(Protocol):
+    """Hands one batch of messages to torch.distributed; one work for each, receives first, or one for all."""
+
+    def __call__(self, sends: Sequence[Parcel], receives: Sequence[Parcel], peer: int, group: Group) -> Sequence[Waits]: ...
+
+
+def post_batch(sends: Sequence[Parcel], receives: Sequence[Parcel], peer: int, group: Group) -> Sequence[Waits]:
+    """See Post. Coalesced: for NCCL."""
+    operations: list[Any] = [dist.P2POp(dist.irecv, parcel.tensor, peer, group.handle) for parcel in receives]
+    operations += [dist.P2POp(dist.isend, parcel.tensor, peer, group.handle) for parcel in sends]
+    return dist.batch_isend_irecv(operations)
+
+
+def post_by_tag(sends: Sequence[Parcel], receives: Sequence[Parcel], peer: int, group: Group) -> Sequence[Waits]:
+    """See Post. For gloo, which pairs messages by tag. Receives first: a posted one lets gloo write straight into the tensor."""
+    works = [dist.irecv(parcel.tensor, peer, group=group.handle, tag=parcel.tag) for parcel in receives]
+    works += [dist.isend(parcel.tensor, peer, group=group.handle, tag=parcel.tag) for parcel in sends]
+    return [work for work in works if work is not None]
+
+
 def start_exchange(
-    *, sends: Sequence[Parcel], receives: Sequence[Parcel], peer_index: int, group: Group, device_kind: str
+    *,
+    sends: Sequence[Parcel],
+    receives: Sequence[Parcel],
+    peer_index: int,
+    group: Group,
+    device_kind: str,
+    post: Post | None = None,
 ) -> PendingExchange:
     """Send to and receive from the rank at `peer_index` of `group`, as one batch.
 
     The peer must call this with the matching lists. On NCCL the batch is one coalesced call, so neither side's order inside it
-    matters; gloo pairs messages by tag.
+    matters; gloo pairs messages by tag. `post`: what hands them on instead of torch.distributed, in a rehearsal.
     """
     peer = group.ranks[peer_index]
     batch = history.current().next_batch(group.axis)
@@ -56,22 +82,13 @@ def start_exchange(
     def note(operation: str, parcel: Parcel) -> int:
         return group.note(operation, parcel.tensor, peer=peer_index, tag=parcel.tag, batch=batch, what=parcel.what)
 
-    if device_kind == "cpu":
-        # Receives first: a posted receive lets gloo write straight into the tensor.
-        received, sent = [], []
-        for parcel in receives:
-            number = note("receive", parcel)
-            received.append(group.started(dist.irecv(parcel.tensor, peer, group=group.handle, tag=parcel.tag), number))
-        for parcel in sends:
-            number = note("send", parcel)
-            work = dist.isend(parcel.tensor, peer, group=group.handle, tag=parcel.tag)
-            sent.append((group.started(work, number), parcel.tensor))
-        return PendingExchange(sent, received)
     numbers = [note("receive", parcel) for parcel in receives] + [note("send", parcel) for parcel in sends]
-    operations: list[Any] = [dist.P2POp(dist.irecv, parcel.tensor, peer, group.handle) for parcel in receives]
-    operations += [dist.P2POp(dist.isend, parcel.tensor, peer, group.handle) for parcel in sends]
-    works = dist.batch_isend_irecv(operations)
+    post = post or (post_by_tag if device_kind == "cpu" else post_batch)
+    works = post(sends, receives, peer, group)
+    started = [group.started(work, number) for work, number in zip(works, numbers[-len(works) :], strict=True)]
+    if device_kind == "cpu":
+        sent = [(work, parcel.tensor) for work, parcel in zip(started[len(receives) :], sends, strict=True)]
+        return PendingExchange(sent, started[: len(receives)])
     # One coalesced work stands for the whole batch: hold the sent tensors until it is done. What follows on this device need not
     # wait for a batch that only sends: it computes on until the peer comes to it.
-    started = [group.started(work, number) for work, number in zip(works, numbers[-len(works) :], strict=True)]
     return PendingExchange([(started[-1], parcel.tensor) for parcel in sends], started if receives else [])

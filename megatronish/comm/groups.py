@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatronish.comm import history
-from megatronish.comm.history import Call, Started
+from megatronish.comm.history import Call, Started, Waits
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Group:
         size: dict[str, Any] = {} if x is None else {"num_elements": x.numel(), "dtype": _name_of(x.dtype)}
         return history.current().call(Call(operation, self.axis, **size, **more))
 
-    def started(self, work: dist.Work | None, number: int) -> Started:
+    def started(self, work: Waits | None, number: int) -> Started:
         """The call of that number, under way."""
         assert work is not None, "torch.distributed gives none to a rank outside the group"
         return Started(work, self.axis, number)

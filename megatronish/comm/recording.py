@@ -64,6 +64,9 @@ class _Done(dist.Work):
         return True
 
 
+DONE = _Done()
+
+
 class RecordingProcessGroup(dist.ProcessGroup):
     """Writes calls to `recorder` and passes them on to `inner`, where there is one."""
 
@@ -79,7 +82,7 @@ class RecordingProcessGroup(dist.ProcessGroup):
 
     def _pass_on(self, method: str, *arguments: Any) -> dist.Work:
         if self.inner is None:
-            return _Done()
+            return DONE
         work: dist.Work = getattr(self.inner, method)(*arguments)
         return work
 
@@ -166,15 +169,14 @@ def register_recording_backend(recorder: Recorder, *, wrap_gloo: bool) -> str:
 
 
 @contextmanager
-def rehearsed_world(rank: int, world_size: int) -> Iterator[Recorder]:
+def rehearsed_world(rank: int, world_size: int, recorder: Recorder) -> Iterator[None]:
     """Be rank `rank` of a job of `world_size` ranks that does not exist: calls are recorded, nothing is sent. For meta tensors."""
-    recorder = Recorder()
     with recording(recorder.history):
         if world_size > 1:
             backend = register_recording_backend(recorder, wrap_gloo=False)
             dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)
         try:
-            yield recorder
+            yield
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

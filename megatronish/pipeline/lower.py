@@ -90,17 +90,17 @@ def lower(actions_by_stage: Sequence[Sequence[Action]], stage: int) -> list[Step
     What a stage makes for another of its own parts (one stage alone, with chunks) stays and is in no exchange. ValueError if the
     actions wait for each other for ever.
     """
-    return _lower(_Traffic(actions_by_stage), stage)
+    return Traffic(actions_by_stage).steps(stage)
 
 
 def lower_all_stages(actions_by_stage: Sequence[Sequence[Action]]) -> list[list[Step]]:
     """`lower` for every stage: what `prove.prove` takes."""
-    traffic = _Traffic(actions_by_stage)
-    return [_lower(traffic, stage) for stage in range(len(actions_by_stage))]
+    traffic = Traffic(actions_by_stage)
+    return [traffic.steps(stage) for stage in range(len(actions_by_stage))]
 
 
-class _Traffic:
-    """When each action starts, and when each message leaves: as soon as it is made."""
+class Traffic:
+    """The actions of all stages (as of `lower`): when each starts, and when each message leaves, as soon as it is made."""
 
     def __init__(self, actions_by_stage: Sequence[Sequence[Action]]) -> None:
         self.num_stages = len(actions_by_stage)
@@ -118,24 +118,24 @@ class _Traffic:
             for stage in key[1:]:
                 self.of_stage[stage].append(key)
 
-
-def _lower(traffic: _Traffic, stage: int) -> list[Step]:
-    # An action that starts when an exchange happens may need what it brings; one that is under way then made it, or ends first.
-    steps: list[Step] = []
-    exchanges = iter(traffic.of_stage[stage])
-    key = next(exchanges, None)
-    for span in traffic.spans[stage]:
-        while key is not None and key[0] <= span.start:
-            steps.append(_exchange(traffic, key, stage))
-            key = next(exchanges, None)
-        steps.append(span.action)
-    while key is not None:
-        steps.append(_exchange(traffic, key, stage))
+    def steps(self, stage: int) -> list[Step]:
+        """See `lower`."""
+        # An action that starts when an exchange happens may need what it brings; one that is under way then made it, or ends first.
+        steps: list[Step] = []
+        exchanges = iter(self.of_stage[stage])
         key = next(exchanges, None)
-    return steps
+        for span in self.spans[stage]:
+            while key is not None and key[0] <= span.start:
+                steps.append(_exchange(self, key, stage))
+                key = next(exchanges, None)
+            steps.append(span.action)
+        while key is not None:
+            steps.append(_exchange(self, key, stage))
+            key = next(exchanges, None)
+        return steps
 
 
-def _exchange(traffic: _Traffic, key: tuple[int, int, int], stage: int) -> Exchange:
+def _exchange(traffic: Traffic, key: tuple[int, int, int], stage: int) -> Exchange:
     _, low, high = key
     messages = traffic.between[key]
     return Exchange(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatronish.batch import Batch
 from megatronish.comm import Group
-from megatronish.comm.exchange import Parcel, PendingExchange, start_exchange
+from megatronish.comm.exchange import Parcel, PendingExchange, Post, start_exchange
 from megatronish.comm.history import note_action
 from megatronish.pipeline.lower import Exchange, Message, Step, destination, needed_by, output_of
 from megatronish.pipeline.schedules import Backward, Forward
@@ -67,6 +67,8 @@ class PipelineRuntime:
         self.group = group
         self.activation = activation
         self.device_kind = device_kind
+        self.post: Post | None = None
+        """What a rehearsal has in the place of torch.distributed."""
 
     def run(
         self,
@@ -138,6 +140,7 @@ class PipelineRuntime:
             peer_index=step.peer_stage,
             group=self.group,
             device_kind=self.device_kind,
+            post=self.post,
         )
         mail.incoming.update((message, (tensor, exchange)) for message, tensor in arriving.items())
         if sends:

@@ -3,31 +3,56 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatronish.assemble import mesh_shape
+from megatronish.assemble import Assembly, mesh_shape
 from megatronish.checkpoint.storage import NoStorage
 from megatronish.comm.groups import world_group
-from megatronish.comm.recording import Recorder, rehearsed_world
+from megatronish.comm.history import phase
+from megatronish.comm.recording import Intercepted, Recorder, rehearsed_world
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import SyntheticDataset
-from megatronish.parallel.mesh import build_mesh
+from megatronish.parallel.mesh import Mesh, build_mesh
+from megatronish.preflight.coordinates import Questions, watched
+from megatronish.preflight.job import Log
+from megatronish.preflight.log_history import LogHistory
+from megatronish.preflight.replay import NotRepeating, ReplayingRuntime
 from megatronish.run_folder import RunFolder
 from megatronish.startup import require_agreement
 from megatronish.train import Datasets, Surroundings, run_facts, run_training
 
 LOG = logging.getLogger("megatronish.rehearsal")
+Microbatches = Literal["all", "two of each phase"]
 
 
-def shortened(config: Config, world_size: int, *, num_microbatches: int, num_steps: int = 1) -> Config:
-    """The same run with fewer steps and microbatches: what is communicated a microbatch stays the same. One batch an evaluation, no
-    ramp of the batch size."""
-    samples = config.train.micro_batch_size * config.data_parallel_size(world_size) * num_microbatches
-    cut = {"steps": num_steps, "tokens": None, "global_batch_size": samples, "batch_ramp": None, "eval_steps": 1}
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank did."""
+
+    log: Log
+    calls: list[Intercepted]
+    """As a backend saw them; without those of microbatches that did not run."""
+    groups: Mapping[str, tuple[int, ...]]
+    """Global ranks of each of its groups, in the order of places."""
+    questions: Questions
+    num_run: int
+    """Forwards and backwards of microbatches."""
+    num_inferred: int
+
+
+def shortened(config: Config, world_size: int, *, num_microbatches: int | None = None, num_steps: int = 1) -> Config:
+    """The same run with fewer steps and, where a number is given, fewer microbatches: what is communicated a microbatch stays the
+    same. One batch an evaluation, no ramp of the batch size."""
+    cut = {"steps": num_steps, "tokens": None, "batch_ramp": None, "eval_steps": 1}
+    if num_microbatches is not None:
+        cut["global_batch_size"] = config.train.micro_batch_size * config.data_parallel_size(world_size) * num_microbatches
     optim = config.optim.model_copy(update={"warmup_steps": 0, "decay_steps": num_steps})
     return config.model_copy(update={"train": config.train.model_copy(update=cut), "optim": optim})
 
@@ -40,21 +65,57 @@ def synthetic_datasets(config: Config) -> Datasets:
     return Datasets(train, train if held_out else None, None)
 
 
-def rehearse(config: Config, *, rank: int, world_size: int, device_kind: str = "cuda") -> Recorder:
-    """The calls of `rank` in a job of `world_size`: the whole of `train.run_training`, with nothing on any disk or device."""
-    meta = torch.device("meta")
-    with rehearsed_world(rank, world_size) as recorder:
-        play(config, rank, world_size, device=meta, device_kind=device_kind)
-    return recorder
+def rehearse(
+    config: Config, *, rank: int, world_size: int, device_kind: str = "cuda", microbatches: Microbatches = "all"
+) -> Rehearsal:
+    """`rank` of a job of `world_size`: the whole of `train.run_training`, with nothing on any disk or device."""
+    try:
+        return _rehearse(config, rank, world_size, device_kind, microbatches)
+    except NotRepeating as difference:
+        LOG.debug("rank %d runs all microbatches: %s", rank, difference)
+        return _rehearse(config, rank, world_size, device_kind, "all")
 
 
-def play(config: Config, rank: int, world_size: int, *, device: torch.device, device_kind: str) -> None:
+def _rehearse(config: Config, rank: int, world_size: int, device_kind: str, microbatches: Microbatches) -> Rehearsal:
+    history, questions = LogHistory(), Questions()
+    recorder, stages = Recorder(history=history), []
+
+    def adapt(run: Assembly) -> None:
+        if microbatches != "all":
+            runtime = ReplayingRuntime(run.trainer.pipeline, history)
+            run.trainer.pipeline = runtime
+            stages.append(runtime.replaying)
+
+    with rehearsed_world(rank, world_size, recorder):
+        hooks = Hooks(adapt, partial(watched, questions=questions))
+        play(config, rank, world_size, device=torch.device("meta"), device_kind=device_kind, hooks=hooks)
+    num_run, num_inferred = sum(stage.num_run for stage in stages), sum(stage.num_inferred for stage in stages)
+    return Rehearsal(history.log(), recorder.calls, dict(history.groups), questions, num_run, num_inferred)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a rehearsal changes on the way."""
+
+    adapt: Callable[[Assembly], None] | None = None
+    watch: Callable[[Mesh], Mesh] = field(default=lambda mesh: mesh)
+
+
+def play(config: Config, rank: int, world_size: int, *, device: torch.device, device_kind: str, hooks: Hooks = Hooks()) -> None:
     """What `train.main` does once it has connected, with synthetic data, and keeping no file."""
-    datasets = synthetic_datasets(config)
-    require_agreement(run_facts(config, datasets), world=world_group(device_kind=device_kind), device=device)
-    mesh = build_mesh(mesh_shape(config, world_size), rank, device=device, device_kind=device_kind)
+    with phase("agree"):
+        datasets = synthetic_datasets(config)
+        require_agreement(run_facts(config, datasets), world=world_group(device_kind=device_kind), device=device)
+    with phase("connect"):
+        mesh = hooks.watch(build_mesh(mesh_shape(config, world_size), rank, device=device, device_kind=device_kind))
     nowhere = RunFolder(Path("/nonexistent/rehearsal"))
     around = Surroundings(
-        nowhere, LOG, token="rehearsal", storage=NoStorage(), prefetch="none", device_copy=partial(Tensor.to, device=device)
+        nowhere,
+        LOG,
+        token="rehearsal",
+        storage=NoStorage(),
+        prefetch="none",
+        device_copy=partial(Tensor.to, device=device),
+        adapt=hooks.adapt,
     )
     run_training(config, mesh, datasets, around)

@@ -1,0 +1,53 @@
+"""A history that becomes a log: events gathered by moment, with room for those of actions that were not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatronish.comm.history import Call, Entry, Event, History, Moment
+from megatronish.preflight.job import Log, Span
+
+
+class LogHistory(History):
+    """All events of a rehearsed rank, as spans."""
+
+    def __init__(self) -> None:
+        super().__init__(most=0)
+        self._spans: list[Span] = []
+        self._events: list[Event] = []
+        self._events_moment = Moment()
+        self._known: dict[tuple[Event, ...], tuple[Event, ...]] = {}
+
+    def mark(self) -> None:
+        """The events that follow begin a span of their own."""
+        if self._events:
+            events = tuple(self._events)
+            self._spans.append(Span(self._events_moment, self._known.setdefault(events, events)))
+            self._events = []
+
+    def since_mark(self) -> tuple[Event, ...]:
+        """The events since `mark`; they end their span."""
+        if not self._events:
+            return ()
+        self.mark()
+        return self._spans[-1].events
+
+    def infer(self, events: Sequence[Event]) -> None:
+        """These happen now, though nothing runs."""
+        self.mark()
+        self._spans.append(Span(self.moment, tuple(events), is_inferred=True))
+        for event in events:
+            if isinstance(event, Call):
+                self.num_calls[event.group] = self.num_calls.get(event.group, 0) + 1
+
+    def log(self) -> Log:
+        """Everything so far."""
+        self.mark()
+        return Log(tuple(self._spans))
+
+    def _add(self, event: Event) -> Entry:
+        if self.moment != self._events_moment:
+            self.mark()
+            self._events_moment = self.moment
+        self._events.append(event)
+        return Entry(0.0, self.moment, event)
