@@ -13,6 +13,7 @@ from megatronish.preflight.job import Job, Log, Span
 
 Programs = list[list[tuple[Moment, Event]]]
 """By rank."""
+TRAIN = Moment("train", 1)
 
 
 def groups_of(shape: MeshShape) -> list[dict[str, tuple[int, ...]]]:
@@ -44,7 +45,7 @@ def job_of(shape: MeshShape, programs: Programs) -> Job:
     return Job(shape, [Log(spans) for spans in logs], log_of, groups_of(shape))
 
 
-def collective(programs: Programs, ranks: Iterable[int], call: Call, moment: Moment = Moment("train", 1)) -> None:
+def collective(programs: Programs, ranks: Iterable[int], call: Call, moment: Moment = TRAIN) -> None:
     """All of these ranks do it."""
     for rank in ranks:
         programs[rank].append((moment, call))
@@ -59,7 +60,7 @@ def exchange(
     back: Sequence[Call] = (),
     *,
     batch: int = 1,
-    moment: Moment = Moment("train", 1),
+    moment: Moment = TRAIN,
 ) -> None:
     """One batch between two places: messages there and back, as `send` calls."""
     for me, other, sends, receives in ((ends[0], ends[1], there, back), (ends[1], ends[0], back, there)):
@@ -69,8 +70,8 @@ def exchange(
 
 
 def job_of_steps(steps_by_stage: Sequence[Sequence[Step]], *, tp: int = 2, dp: int = 1) -> Job:
-    """A training step of lowered lists: two sums over tp in each action, exchanges as the runtime posts them, no waits, and in the end
-    a sum over dp and one over all."""
+    """A training step of lowered lists: two sums over tp in each action, exchanges as the runtime posts them, no waits, and at
+    the end a sum over dp and one over all."""
     shape = MeshShape(pp=len(steps_by_stage), tp=tp, dp=dp)
     groups = groups_of(shape)
     programs: Programs = []
