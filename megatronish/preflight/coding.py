@@ -4,10 +4,11 @@ thousands of ranks is compared by comparing a few hundred small integers, and no
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -86,39 +87,42 @@ class Op(NamedTuple):
 
 
 BLOCKING = ("open", "barrier")
+MESSAGES = ("send", "receive")
 
 
 def is_message(event: Event) -> bool:
     """A send or a receive."""
-    return isinstance(event, Call) and event.operation in ("send", "receive")
+    return isinstance(event, Call) and event.operation in MESSAGES
 
 
-def units_of(events: Sequence[Event]) -> Iterable[tuple[int, tuple[Call, ...]]]:
+def units_of(events: Sequence[Event]) -> Iterator[tuple[int, tuple[Call, ...]]]:
     """(place of its first call, its calls) for each unit of a span. The calls of a batch stand together and in one span."""
     position = 0
     while position < len(events):
-        first = events[position]
-        if not isinstance(first, Call) or not is_message(first):
-            position += 1
-            continue
         end = position + 1
-        if first.batch:
-            while end < len(events) and is_message(events[end]) and _joins(first, events[end]):
-                end += 1
-        yield position, tuple(event for event in events[position:end] if isinstance(event, Call))
+        if is_message(events[position]):
+            end = _end_of_unit(events, position)
+            yield position, cast(tuple[Call, ...], tuple(events[position:end]))
         position = end
 
 
-def _joins(first: Call, event: Event) -> bool:
-    return isinstance(event, Call) and (event.group, event.batch, event.peer) == (first.group, first.batch, first.peer)
+def _end_of_unit(events: Sequence[Event], position: int) -> int:
+    first = events[position]
+    assert isinstance(first, Call)
+    position += 1
+    if first.batch:
+        while position < len(events):
+            event = events[position]
+            if not isinstance(event, Call) or event.batch != first.batch or (event.group, event.peer) != (first.group, first.peer):
+                break
+            position += 1
+    return position
 
 
 def unit_of(calls: Sequence[Call]) -> Unit:
     """What the partner must mirror."""
-    sends, receives = (
-        tuple(Message(call.num_elements, call.dtype, call.tag) for call in calls if call.operation == operation)
-        for operation in ("send", "receive")
-    )
+    sends = tuple([Message(call.num_elements, call.dtype, call.tag) for call in calls if call.operation == "send"])
+    receives = tuple([Message(call.num_elements, call.dtype, call.tag) for call in calls if call.operation == "receive"])
     return Unit(calls[0].batch > 0, sends, receives)
 
 
@@ -198,31 +202,31 @@ class CodedJob:
         return known[1:]
 
     def _code(self, events: Sequence[Event]) -> tuple[_Span, int]:
-        collectives: defaultdict[str, list[int]] = defaultdict(list)
-        units: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        collectives: dict[str, list[int]] = {}
+        units: dict[tuple[str, int], list[int]] = {}
         ops: list[int] = []
-        at = dict(units_of(events))
         position, num_calls = 0, 0
         while position < len(events):
             event = events[position]
-            step = 1
-            if position in at:
-                calls = at[position]
-                peer = -1 if calls[0].peer is None else calls[0].peer
-                units[calls[0].group, peer].append(self.unit_table.number(unit_of(calls)))
-                messages = tuple((call.operation == "send", call.tag) for call in calls)
-                ops.append(self.ops.number(Op("unit", calls[0].group, 0, peer, calls[0].batch > 0, messages)))
-                step = len(calls)
-                num_calls += step
-            elif isinstance(event, Call):
-                signature = Collective(event.operation, event.dtype, event.num_elements, event.reduce_op)
-                collectives[event.group].append(self.signatures.number(signature))
-                kind = "blocking" if event.operation in BLOCKING else "collective"
-                ops.append(self.ops.number(Op(kind, event.group)))
-                num_calls += 1
-            elif isinstance(event, Wait):
+            position += 1
+            if event.__class__ is Wait:
                 ops.append(self.ops.number(Op("wait", event.group, event.back)))
-            position += step
+            elif not isinstance(event, Call):
+                continue
+            elif event.operation in MESSAGES:
+                end = _end_of_unit(events, position - 1)
+                calls = cast(Sequence[Call], events[position - 1 : end])
+                edge = (event.group, -1 if event.peer is None else event.peer)
+                units.setdefault(edge, []).append(self.unit_table.number(unit_of(calls)))
+                messages = tuple([(call.operation == "send", call.tag) for call in calls])
+                ops.append(self.ops.number(Op("unit", event.group, 0, edge[1], event.batch > 0, messages)))
+                num_calls += len(calls)
+                position = end
+            else:
+                signature = Collective(event.operation, event.dtype, event.num_elements, event.reduce_op)
+                collectives.setdefault(event.group, []).append(self.signatures.number(signature))
+                ops.append(self.ops.number(Op("blocking" if event.operation in BLOCKING else "collective", event.group)))
+                num_calls += 1
         coded = _Span(
             {group: _bytes(numbers) for group, numbers in collectives.items()},
             {edge: _bytes(numbers) for edge, numbers in units.items()},
@@ -232,7 +236,7 @@ class CodedJob:
 
 
 def _bytes(numbers: Sequence[int]) -> bytes:
-    return np.array(numbers, dtype=np.uint32).tobytes()
+    return array("I", numbers).tobytes()
 
 
 class Done(NamedTuple):

@@ -70,7 +70,7 @@ def divergences(
             odd, usually = (sequences[key].done()[first - sequences[key].first_number :] for key in (odd_key, usual_key))
             divergence = explain(codes[odd_key], codes[usual_key])
             divergence = sharpen(divergence, odd, usually)
-            yield _likeness(divergence, odd, usually), finding_of(sides, divergence, odd, usually, name)
+            yield _likeness(divergence, odd, usually), finding_of(sides, divergence, odd, usually, name, first)
         members = {rank: members[rank] for rank in parts[usual]}
 
 
@@ -87,7 +87,9 @@ def _at(done: Sequence[Done], position: int) -> Done | None:
     return done[position] if position < len(done) else None
 
 
-def finding_of(sides: Sides, divergence: Divergence, odd: Sequence[Done], usual: Sequence[Done], name: Namer) -> Finding:
+def finding_of(
+    sides: Sides, divergence: Divergence, odd: Sequence[Done], usual: Sequence[Done], name: Namer, first_number: int
+) -> Finding:
     """The divergence in words."""
     explanation, position, count = divergence
     group, they = sides.group, people(sides.odd, name)
@@ -106,7 +108,7 @@ def finding_of(sides: Sides, divergence: Divergence, odd: Sequence[Done], usual:
     else:
         text = f"{they} {verb(sides.odd, 'does', 'do')} " + (str(mine) if mine else f"nothing more on {group}")
         text += f", where {others} {verb(sides.usual, 'does', 'do')} " + (str(theirs) if theirs else f"nothing more on {group}")
-    text += f" (call {position + 1} of {group})"
+    text += f" (call {first_number + position + 1} of {group})"
     culprits, rest = (tuple(sorted(sides.odd + sides.usual)), ()) if sides.is_tie else (sides.odd, sides.usual)
     first = mine or theirs
     return Finding("collective", text, culprits, rest, group, 0 if first is None else first.position)

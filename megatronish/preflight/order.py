@@ -27,8 +27,9 @@ from megatronish.preflight.align import explain
 from megatronish.preflight.coding import CodedJob, Done, everything_done
 from megatronish.preflight.findings import Finding
 from megatronish.preflight.job import Job
-from megatronish.preflight.quotient import Program, Quotient, programs_of
-from megatronish.preflight.simulate import Place, Posted, Streams
+from megatronish.preflight.programs import programs_from, runs_of
+from megatronish.preflight.quotient import Quotient
+from megatronish.preflight.simulate import OneAtATime, Posted, Streams
 from megatronish.preflight.waits import Waits, find_cause, in_words
 
 Rule = Literal["one at a time", "nccl", "gloo"]
@@ -53,53 +54,46 @@ class Order:
 def check_order(coded: CodedJob, device_kind: str, *, every_rank: bool = False) -> Order:
     """Whether a job whose calls match ends. every_rank: simulate all of them, to check that a few stand for all."""
     quotient = Quotient(coded, every_rank=every_rank)
-    programs = programs_of(quotient)
-    one_at_a_time = Streams(quotient, programs, one_at_a_time=True)
+    one_at_a_time = OneAtATime(quotient, runs_of(quotient))
     if one_at_a_time.run():
         return Order({"one at a time": True, "nccl": True, "gloo": True}, None, quotient.num_classes)
-    nccl, gloo = Streams(quotient, programs, one_at_a_time=False), Posted(quotient, programs)
+    # What the first rule could do, the others could do in the same order: they go on from there, with nothing under way.
+    programs = programs_from(quotient, one_at_a_time.reached())
+    nccl, gloo = Streams(quotient, programs), Posted(quotient, programs)
     passes: dict[Rule, bool] = {"one at a time": False, "nccl": nccl.run(), "gloo": gloo.run()}
     finding = None
     if device_kind != "cpu":
-        finding = _finding(one_at_a_time if passes["nccl"] else nccl, programs, passes, device_kind)
+        finding = _finding(one_at_a_time if passes["nccl"] else nccl, passes, is_hang=not passes["nccl"])
     elif not passes["gloo"]:
-        finding = _finding(gloo, programs, passes, device_kind)
+        finding = _finding(gloo, passes, is_hang=True)
     return Order(passes, finding, quotient.num_classes)
 
 
-def _finding(world: Streams | Posted, programs: list[Program], passes: Mapping[Rule, bool], device_kind: str) -> Finding:
-    job, quotient = world.quotient.job, world.quotient
+def _finding(world: OneAtATime | Streams | Posted, passes: Mapping[Rule, bool], *, is_hang: bool) -> Finding:
+    job = world.quotient.job
     stuck = [place for rank in range(job.num_ranks) if (place := world.where(rank)).slot >= 0]
-    odd = _odd_ranks(quotient)
+    odd = _odd_ranks(world.quotient)
     # From an odd rank the cycle is found that it is in.
     starts = sorted(stuck, key=lambda place: place.rank not in odd)
     waits = find_cause(starts[:1], world.waits_for) or Waits((starts[0],), is_cycle=False)
-
-    def does(place: Place) -> str:
-        program = programs[quotient.class_of[place.rank]]
-        return str(_done(job, place.rank, program.places[place.slot][place.unit]))
-
-    text = in_words(waits, does=does, name=lambda place: job.name(place.rank), fate=lambda place: "has ended")
+    text = in_words(
+        waits,
+        does=lambda place: str(_done(job, place.rank, place.op)),
+        name=lambda place: job.name(place.rank),
+        fate=lambda place: "has ended",
+    )
     ranks = tuple(sorted({place.rank for place in waits.chain}))
     culprits = tuple(rank for rank in ranks if rank in odd) or tuple(odd) or ranks
     if odd:
         text += "; " + _difference(world.quotient, culprits[0], odd[culprits[0]])
-    is_hang = device_kind == "cpu" or not passes["nccl"]
     hangs = [rule for rule, passed in passes.items() if not passed]
     ends = [rule for rule, passed in passes.items() if passed]
     text += f" (hangs under {', '.join(hangs)}" + (f"; ends under {', '.join(ends)})" if ends else ")")
     if not is_hang:
         text += f". {NCCL_ASKS}"
-    position = min(_position(job, rank, programs, world) for rank in culprits)
     others = tuple(rank for rank in ranks if rank not in culprits)
+    position = min(_done(job, place.rank, place.op).position for place in waits.chain if place.slot >= 0)
     return Finding("hang" if is_hang else "order", text, culprits, others, position=position)
-
-
-def _position(job: Job, rank: int, programs: list[Program], world: Streams | Posted) -> int:
-    place = world.where(rank)
-    if place.slot < 0:
-        return 0
-    return _done(job, rank, programs[world.quotient.class_of[rank]].places[place.slot][place.unit]).position
 
 
 def _odd_ranks(quotient: Quotient) -> dict[int, int]:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatronish.preflight.coding import CodedJob, Op, Table
+from megatronish.preflight.coding import CodedJob, Table
 
 
 class _Use(NamedTuple):
@@ -124,66 +124,3 @@ class Quotient:
             if len(table.items) == len(set(colors)):
                 return finer
             colors = finer
-
-
-class Step(NamedTuple):
-    """Of a class's program: post a unit of a group, or block until an earlier call of it is done."""
-
-    blocks: bool
-    slot: int
-    """Place of the group in `Program.groups`."""
-    unit: int
-    """Number of the collective or of the unit of messages on the group."""
-    call: int
-    """Number of the first call of that unit, or of the call that is waited for, among those of the group."""
-
-
-class Program(NamedTuple):
-    """What a class does, without what is left out."""
-
-    groups: tuple[str, ...]
-    steps: list[Step]
-    units: list[list[int]]
-    """By slot: the number in `CodedJob.ops` of each unit."""
-    places: list[list[int]]
-    """By slot: which op of the log each unit is."""
-
-
-def programs_of(quotient: Quotient) -> list[Program]:
-    """By class; equal ones are shared."""
-    known: dict[tuple[int, tuple[str, ...]], Program] = {}
-    programs = []
-    for number, fellows in enumerate(quotient.fellows):
-        key = (quotient.structure(number), tuple(sorted(fellows)))
-        if key not in known:
-            known[key] = _program(quotient.coded, *key)
-        programs.append(known[key])
-    return programs
-
-
-def _program(coded: CodedJob, structure: int, groups: tuple[str, ...]) -> Program:
-    slots = {group: slot for slot, group in enumerate(groups)}
-    keep = np.array([op.group in slots for op in coded.ops.items], dtype=bool)
-    codes = coded.codes(structure)
-    places = np.flatnonzero(keep[codes])
-    program = Program(groups, [], [[] for _ in groups], [[] for _ in groups])
-    unit_of_call: list[list[int]] = [[] for _ in groups]
-    ops: list[Op] = coded.ops.items
-    steps = program.steps
-    for place, code in zip(places.tolist(), codes[places].tolist(), strict=True):
-        op = ops[code]
-        slot = slots[op.group]
-        calls = unit_of_call[slot]
-        if op.kind == "wait":
-            number = len(calls) - op.back
-            if 0 <= number < len(calls):  # else it is older than the log
-                steps.append(Step(True, slot, calls[number], number))
-            continue
-        units = program.units[slot]
-        steps.append(Step(False, slot, len(units), len(calls)))
-        if op.kind == "blocking":
-            steps.append(Step(True, slot, len(units), len(calls)))
-        calls.extend([len(units)] * op.num_calls)
-        units.append(code)
-        program.places[slot].append(place)
-    return program

@@ -129,7 +129,7 @@ def why_blocked(blocked: Mapping[int, Blocked], *, name: Namer, fate: Callable[[
         texts = []
         for root in roots[:3]:
             waiting = min(rank for rank, wait in blocked.items() if root in wait.waits_for)
-            more = f" (and so do {awaited[root] - 1:,} more)" if awaited[root] > 1 else ""
+            more = f" (and so {'does' if awaited[root] == 2 else 'do'} {awaited[root] - 1:,} more)" if awaited[root] > 1 else ""
             texts.append(f"{name(waiting)}, in {blocked[waiting].doing}, waits for {name(root)}{more}, which {fate(root)}")
         more = f"; and {len(roots) - 3:,} more are waited for" if len(roots) > 3 else ""
         return Cause("; ".join(texts) + more, tuple(roots), is_cycle=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+from hypothesis import strategies as st
+
 from megatronish.comm.history import Call, Event, Moment, Wait
 from megatronish.parallel.mesh import AXES, MeshShape
 from megatronish.pipeline.lower import Exchange, Step
@@ -13,6 +15,7 @@ from megatronish.preflight.job import Job, Log, Span
 
 Programs = list[list[tuple[Moment, Event]]]
 """By rank."""
+TRAIN = Moment("train", 1)
 
 
 def groups_of(shape: MeshShape) -> list[dict[str, tuple[int, ...]]]:
@@ -44,7 +47,7 @@ def job_of(shape: MeshShape, programs: Programs) -> Job:
     return Job(shape, [Log(spans) for spans in logs], log_of, groups_of(shape))
 
 
-def collective(programs: Programs, ranks: Iterable[int], call: Call, moment: Moment = Moment("train", 1)) -> None:
+def collective(programs: Programs, ranks: Iterable[int], call: Call, moment: Moment = TRAIN) -> None:
     """All of these ranks do it."""
     for rank in ranks:
         programs[rank].append((moment, call))
@@ -59,7 +62,7 @@ def exchange(
     back: Sequence[Call] = (),
     *,
     batch: int = 1,
-    moment: Moment = Moment("train", 1),
+    moment: Moment = TRAIN,
 ) -> None:
     """One batch between two places: messages there and back, as `send` calls."""
     for me, other, sends, receives in ((ends[0], ends[1], there, back), (ends[1], ends[0], back, there)):
@@ -69,8 +72,8 @@ def exchange(
 
 
 def job_of_steps(steps_by_stage: Sequence[Sequence[Step]], *, tp: int = 2, dp: int = 1) -> Job:
-    """A training step of lowered lists: two sums over tp in each action, exchanges as the runtime posts them, no waits, and in the end
-    a sum over dp and one over all."""
+    """A training step of lowered lists: two sums over tp in each action, exchanges as the runtime posts them, no waits, and at
+    the end a sum over dp and one over all."""
     shape = MeshShape(pp=len(steps_by_stage), tp=tp, dp=dp)
     groups = groups_of(shape)
     programs: Programs = []
@@ -195,3 +198,32 @@ def _complete_posted(job: Job, posted: list, done: list[set[int]]) -> bool:
                 done[rank].add(k)
                 changed = True
     return changed
+
+
+@st.composite
+def sound_programs(draw: st.DrawFn) -> tuple[MeshShape, Programs]:
+    """One order of collectives and exchanges for all, seen by each rank; each waits for earlier calls where it likes."""
+    shape = MeshShape(pp=draw(st.integers(1, 3)), dp=draw(st.integers(1, 2)), tp=draw(st.integers(1, 3)))
+    programs: Programs = [[] for _ in range(shape.num_ranks)]
+    groups = groups_of(shape)
+    instances = sorted({(name, ranks) for own in groups for name, ranks in own.items()})
+    for number in range(draw(st.integers(0, 14)) if instances else 0):
+        name, ranks = draw(st.sampled_from(instances))
+        moment = Moment("train", 1, draw(st.sampled_from(["F0", "B0"])))
+        if draw(st.booleans()):
+            low, high = draw(st.sampled_from([(i, j) for j in range(len(ranks)) for i in range(j)]))
+            there, back = (
+                [Call("send", name, draw(st.integers(1, 3)), "float32", tag=draw(st.integers(0, 2))) for _ in range(count)]
+                for count in draw(st.sampled_from([(1, 0), (0, 1), (1, 1), (2, 1)]))
+            )
+            is_alone = len(there) + len(back) == 1 and draw(st.booleans())
+            exchange(programs, ranks, name, (low, high), there, back, batch=0 if is_alone else number + 1, moment=moment)
+        else:
+            operation = draw(st.sampled_from(["all_reduce", "barrier", "reduce_scatter"]))
+            collective(programs, ranks, Call(operation, name, draw(st.integers(1, 3)), "float32", site=f"{number}"), moment)
+        for rank in ranks:
+            if programs[rank] and draw(st.integers(0, 3)) == 0:
+                other = draw(st.sampled_from(sorted({event.group for _, event in programs[rank]})))
+                count = sum(isinstance(event, Call) and event.group == other for _, event in programs[rank])
+                programs[rank].append((moment, Wait(other, draw(st.integers(1, count)))))
+    return shape, programs
