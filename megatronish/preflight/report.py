@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatronish.parallel.mesh import AXES
+from megatronish.preflight.findings import Finding
 from megatronish.preflight.job import Job
 from megatronish.preflight.page_data import communication, counts, schedule
 from megatronish.preflight.traffic import traffic_of
@@ -42,22 +43,6 @@ ADVICE = {
 """What to change, by kind of problem."""
 
 
-class Problem(Protocol):
-    """What the page needs of a finding (`findings.Finding`). `str()` of it is its text."""
-
-    @property
-    def kind(self) -> str:
-        """A key of ADVICE."""
-
-    @property
-    def culprits(self) -> tuple[int, ...]:
-        """The ranks that differ."""
-
-    @property
-    def others(self) -> tuple[int, ...]:
-        """The ranks that they disagree with, or wait for."""
-
-
 @dataclass(frozen=True)
 class ReportFacts:
     """What the page says. All texts are plain text."""
@@ -68,7 +53,7 @@ class ReportFacts:
     num_nodes: int
     gpus_per_node: int
     device_kind: str
-    problems: Sequence[Problem] = ()
+    problems: Sequence[Finding] = ()
     """First divergent first; empty if the job is sound."""
     certificate: Mapping[str, str] = field(default_factory=dict)
     """E.g. hash of the resolved config, of the code, torch's version, hash of the logs, date."""
@@ -78,8 +63,9 @@ class ReportFacts:
     """Of the resolved config."""
     config_text: str = ""
     """The resolved config."""
-    num_microbatches_run: int = 0
-    num_microbatches_inferred: int = 0
+    num_actions_run: int = 0
+    """Forwards and backwards of microbatches, of the ranks that ran."""
+    num_actions_inferred: int = 0
     seconds: float = 0.0
     warnings: Sequence[str] = ()
     limits: Sequence[str] = LIMITS
@@ -123,7 +109,7 @@ def page_data(facts: ReportFacts) -> dict[str, Any]:
         "problemsLeftOut": max(0, len(facts.problems) - MOST_PROBLEMS),
         "layout": layout(facts),
         "ranks": [job.num_ranks, job.num_run],
-        "microbatches": [facts.num_microbatches_run, facts.num_microbatches_inferred],
+        "actions": [facts.num_actions_run, facts.num_actions_inferred],
         "seconds": facts.seconds,
         "device": facts.device_kind,
         "certificate": dict(facts.certificate),
@@ -157,7 +143,7 @@ def placement_warnings(facts: ReportFacts) -> list[str]:
     ]
 
 
-def _problem(problem: Problem, job: Job) -> dict[str, Any]:
+def _problem(problem: Finding, job: Job) -> dict[str, Any]:
     return {
         "kind": problem.kind,
         "text": str(problem),

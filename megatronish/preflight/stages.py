@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from megatronish.comm.history import Event
 from megatronish.pipeline.schedules import Action, Backward, Forward
@@ -76,6 +77,7 @@ class Stages:
         return 1 - sum(stage.busy for stage in self.stages) / total if total else 0.0
 
 
+@cache
 def parse_action(text: str) -> Action | None:
     """`F3` or `B3.1` of `Moment.action`; None for anything else."""
     found = _ACTION.match(text)
@@ -99,8 +101,9 @@ def read_stage(log: Log, stage: int, rank: int, step: int) -> Stage:
         action, steps = parse_action(moment.action), result.steps
         if action is not None:
             if not steps or steps[-1].action != action or steps[-1].exchanges:
-                steps.append(Recorded(action, is_inferred=is_inferred))
+                steps.append(Recorded(action))
             steps[-1].parts.append(events)
+            steps[-1].is_inferred |= is_inferred
         elif not steps:
             result.before.append(events)
         elif moment.action == EXCHANGE:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatronish.assemble import mesh_shape
 from megatronish.comm.history import Call
 from megatronish.parallel.mesh import MeshShape
 from megatronish.pipeline.lower import Step
 from megatronish.pipeline.schedules import Forward
 from megatronish.pipeline.timeline import idle_of
+from megatronish.preflight.findings import Finding
 from megatronish.preflight.job import Job
 from megatronish.preflight.page_data import in_words
+from megatronish.preflight.rehearse import Microbatches, rehearse
 from megatronish.preflight.report import ADVICE, LIMITS, ReportFacts, page_data, write_report
 from megatronish.preflight.stages import read_stages
 from megatronish.preflight.trace import UNIT, trace_events, write_trace
 from megatronish.preflight.traffic import handed_bytes, sent_bytes, traffic_of
+from tests.parallel.parity import Case
 from tests.preflight.browser import Browser, browser, find_browser
 from tests.preflight.made_jobs import ACTIVATION, made_job
 
@@ -32,23 +36,18 @@ TEXT = (
 )
 
 
-@dataclass(frozen=True)
-class Made:
-    """A problem."""
-
-    kind: str
-    text: str
-    culprits: tuple[int, ...]
-    others: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        return self.text
-
-
 def facts_of(job: Job, **more: Any) -> ReportFacts:
-    facts = ReportFacts("tiny.yaml", job, num_nodes=2, gpus_per_node=8, device_kind="cuda", num_microbatches_run=2, seconds=1.5)
+    facts = ReportFacts("tiny.yaml", job, num_nodes=2, gpus_per_node=8, device_kind="cuda", num_actions_run=8, seconds=1.5)
     certificate = {"resolved config": "0123456789abcdef", "date": "2026-11-26"}
     return replace(facts, certificate=certificate, proved=("28 calls match",), **more)
+
+
+def rehearsed_job(case: Case, microbatches: Microbatches) -> Job:
+    """Every rank of it runs."""
+    config, world_size = case.config(), case.world_size
+    made = [rehearse(config, rank=rank, world_size=world_size, microbatches=microbatches) for rank in range(world_size)]
+    shape = mesh_shape(config, world_size)
+    return Job(shape, [one.log for one in made], range(world_size), [one.groups for one in made], num_run=world_size)
 
 
 def skip_a_forward(steps: list[list[Step]]) -> None:
@@ -62,6 +61,19 @@ def test_recorded_actions_give_the_timeline_of_the_schedule(schedule: str, num_c
     assert stages.idle_share == idle_of(schedule, 4, 8, num_chunks=num_chunks)  # a quotient of the same integers
     assert [len(stage.steps) for stage in stages.stages] == [16 * num_chunks] * 4
     assert all(stage.stuck_at is None for stage in stages.stages)
+
+
+@pytest.mark.parametrize("microbatches", ["all", "two of each phase"])
+@pytest.mark.parametrize(
+    "case", [Case(pp=2, num_microbatches=6), Case(pp=2, tp=2, schedule=("interleaved", 2), num_microbatches=4)], ids=str
+)
+def test_a_rehearsal_gives_the_timeline_of_its_schedule(case: Case, microbatches: Microbatches) -> None:
+    job = rehearsed_job(case, microbatches)
+    stages, config = read_stages(job), case.config()
+    assert all(stage.stuck_at is None for stage in stages.stages)
+    parallel = config.parallel
+    assert stages.idle_share == idle_of(parallel.schedule, case.pp, case.num_microbatches, num_chunks=parallel.num_chunks)
+    assert page_data(facts_of(job))["schedule"]["idle"] == stages.idle_share
 
 
 def test_the_timeline_ends_where_an_input_is_never_made() -> None:
@@ -182,7 +194,7 @@ def test_the_page_of_a_sound_job_opens_in_a_browser(chrome: Browser, tmp_path: P
 
 
 def test_the_page_of_a_faulty_job_says_what_diverges_and_what_to_change(chrome: Browser, tmp_path: Path) -> None:
-    problems = (Made("collective", TEXT, (9,), (8,)), Made("hang", "all wait", tuple(range(10))))
+    problems = (Finding("collective", TEXT, (9,), (8,)), Finding("hang", "all wait", tuple(range(10))))
     page = opened(chrome, tmp_path, facts_of(made_job(SMALL, 8, change=skip_a_forward), problems=problems))
     assert page.evaluate("document.title") == "2 problems: tiny.yaml"
     assert page.evaluate("document.querySelector('#verdict h1').textContent") == "✗ 2 problems"
