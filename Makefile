@@ -20,6 +20,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 test: lint
+	sh tests/install_tools.sh
 	$(VENV)/bin/python -m pytest
 
 parity: setup

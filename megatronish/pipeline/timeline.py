@@ -47,6 +47,16 @@ def input_of(action: Action, part: int, num_parts: int) -> Work | None:
 
 def timeline(actions_by_stage: Sequence[Sequence[Action]]) -> list[list[Span]]:
     """The lists of all stages run as early as their order and inputs allow. ValueError if they wait for each other for ever."""
+    spans = timeline_as_far_as_it_goes(actions_by_stage)
+    lists = enumerate(zip(actions_by_stage, spans, strict=True))
+    stuck = [f"stage {stage} at {actions[len(mine)]}" for stage, (actions, mine) in lists if len(mine) < len(actions)]
+    if stuck:
+        raise ValueError(f"these lists of actions never end: {', '.join(stuck)} wait for inputs that nobody makes before")
+    return spans
+
+
+def timeline_as_far_as_it_goes(actions_by_stage: Sequence[Sequence[Action]]) -> list[list[Span]]:
+    """`timeline`, where a list ends before the first action whose input nobody makes."""
     num_stages = len(actions_by_stage)
     num_parts = num_stages * count_chunks(actions_by_stage)
     ends: dict[Work, int] = {}
@@ -71,10 +81,6 @@ def timeline(actions_by_stage: Sequence[Sequence[Action]]) -> list[list[Span]]:
             ends[work] = clock
             if work in waiting:
                 ready.append(waiting.pop(work))
-    lists = enumerate(zip(actions_by_stage, spans, strict=True))
-    stuck = [f"stage {stage} at {actions[len(mine)]}" for stage, (actions, mine) in lists if len(mine) < len(actions)]
-    if stuck:
-        raise ValueError(f"these lists of actions never end: {', '.join(stuck)} wait for inputs that nobody makes before")
     return spans
 
 

@@ -9,14 +9,28 @@ from megatronish.preflight.job import Log, Span
 
 
 class LogHistory(History):
-    """All events of a rehearsed rank, as spans."""
+    """All events of a rehearsed rank, as spans. An action of the schedule that communicates nothing has an empty one."""
 
     def __init__(self) -> None:
-        super().__init__(most=0)
         self._spans: list[Span] = []
         self._events: list[Event] = []
         self._events_moment = Moment()
         self._known: dict[tuple[Event, ...], tuple[Event, ...]] = {}
+        self._moment = Moment()
+        super().__init__(most=0)
+
+    @property
+    def moment(self) -> Moment:
+        """See History."""
+        return self._moment
+
+    @moment.setter
+    def moment(self, moment: Moment) -> None:
+        self.mark()
+        left = self._moment
+        if left.action and left != moment and (not self._spans or self._spans[-1].moment != left):
+            self._spans.append(Span(left, ()))
+        self._moment = moment
 
     def mark(self) -> None:
         """The events that follow begin a span of their own."""
