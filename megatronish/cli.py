@@ -126,6 +126,44 @@ def verify(
 
 
 @app.command()
+def preflight(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the job.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of a node.")] = 8,
+    world: Annotated[int | None, typer.Option(min=1, help="Ranks, instead of --nodes. [default: as the config says]")] = None,
+    device: Annotated[str, typer.Option(help="cuda: rules of NCCL; cpu: of gloo.")] = "cuda",
+    all_ranks: Annotated[bool, typer.Option("--all-ranks", help="Run every rank; none is inferred.")] = False,
+    all_microbatches: Annotated[bool, typer.Option("--all-microbatches", help="Run every microbatch; none is inferred.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="For report and certificate. [default: RUN/preflight]")] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="A Chrome trace of one step (.json or .gz).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result there too.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Ranks to run at a time. [default: one a core]")] = None,
+) -> None:
+    """Rehearse every rank of a job without a GPU and match all their communication: would it hang? Runs the trainer's own code for
+    two steps, evaluation and a save. Exit code 1 names the first divergent call, or the circle of waits.
+
+    Example: megatronish preflight configs/gpt3_175b.yaml --nodes 128 --gpus-per-node 8
+    """
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device {device}: must be cuda or cpu")
+    command = importlib.import_module("megatronish.preflight.command")
+    options = command.Options(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        world=world,
+        device_kind=device,
+        every_rank=all_ranks,
+        every_microbatch=all_microbatches,
+        out=out,
+        trace=trace,
+        json_file=json_file,
+        processes=processes,
+    )
+    _finish(command.main(str(config), overrides or [], options))
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")],
     overrides: Overrides = None,

@@ -8,11 +8,13 @@ the other stages the three in which all axes agree.
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatronish.assemble import mesh_shape
 from megatronish.config import Config
+from megatronish.errors import UserError
 from megatronish.parallel.mesh import AXES, MeshShape
 from megatronish.preflight.job import Log
 from megatronish.preflight.rehearse import Microbatches, Rehearsal, rehearse
@@ -20,6 +22,10 @@ from megatronish.remember import remembering
 
 INNER_AXES = tuple(axis for axis in AXES if axis != "pp")
 Groups = Mapping[str, tuple[int, ...]]
+
+
+class RankFailed(Exception):
+    """A rank's own code failed; the text says which and how."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +85,7 @@ def rehearse_part(plan: Plan, stage: int, ranks: Sequence[int] | None = None) ->
     with remembering():
         while waiting:
             rank = must_run.pop(0) if must_run else next(iter(waiting))
-            run = runs[rank] = rehearse(
-                plan.config,
-                rank=rank,
-                world_size=plan.world_size,
-                device_kind=plan.device_kind,
-                microbatches=plan.microbatches,
-            )
+            run = runs[rank] = _rehearse(plan, rank)
             source[rank] = rank
             del waiting[rank]
             inferred = [] if ranks is not None else _alike(run, waiting, shape, keep=must_run)
@@ -93,6 +93,22 @@ def rehearse_part(plan: Plan, stage: int, ranks: Sequence[int] | None = None) ->
                 source[other] = rank
                 del waiting[other]
     return _join(runs, source, shape)
+
+
+def _rehearse(plan: Plan, rank: int) -> Rehearsal:
+    try:
+        return rehearse(
+            plan.config,
+            rank=rank,
+            world_size=plan.world_size,
+            device_kind=plan.device_kind,
+            microbatches=plan.microbatches,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        where = f"rank {rank} [{plan.shape.describe(rank)}]"
+        raise RankFailed(f"{where} fails in its rehearsal, as it would in the job:\n{traceback.format_exc().rstrip()}") from error
 
 
 def _alike(run: Rehearsal, ranks: Mapping[int, None], shape: MeshShape, *, keep: Sequence[int]) -> list[int]:
