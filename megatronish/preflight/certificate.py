@@ -108,18 +108,14 @@ def hash_of_logs(job: Job) -> str:
             digest.update(by_events[id(events)])
         of_logs.append(digest.hexdigest())
     groups = hashlib.blake2b(digest_size=16)
-    known: dict[int, str] = {}
+    members_text: dict[int, str] = {}  # equal members are one object: a job has few
     for rank, log_number in enumerate(job.log_of):
-        names = [
-            f"{name} {known.setdefault(id(members), str(hash_of_ranks(members)))}" for name, members in job.groups[rank].items()
-        ]
-        groups.update(f"{rank} {of_logs[log_number]} {names}".encode())
+        groups.update(f"{rank} {of_logs[log_number]}".encode())
+        for name, members in job.groups[rank].items():
+            if id(members) not in members_text:
+                members_text[id(members)] = _digest(repr(members).encode())
+            groups.update(f" {name} {members_text[id(members)]}".encode())
     return groups.hexdigest()
-
-
-def hash_of_ranks(ranks: tuple[int, ...]) -> str:
-    """Of a group's members."""
-    return _digest(repr(ranks).encode())
 
 
 def _digest(data: bytes) -> str:

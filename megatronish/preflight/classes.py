@@ -17,7 +17,8 @@ from megatronish.config import Config
 from megatronish.errors import UserError
 from megatronish.parallel.mesh import AXES, MeshShape
 from megatronish.preflight.job import Log
-from megatronish.preflight.rehearse import Microbatches, Rehearsal, rehearse
+from megatronish.preflight.rehearse import Rehearsal, rehearse
+from megatronish.preflight.replay import Microbatches
 from megatronish.remember import remembering
 
 INNER_AXES = tuple(axis for axis in AXES if axis != "pp")

@@ -207,8 +207,8 @@ def write_files(result: Preflight, out: Path, options: Options) -> None:
 def facts_of(result: Preflight, options: Options) -> ReportFacts:
     """What the page says."""
     config, rehearsed, verdict = result.config, result.rehearsed, result.verdict
-    model, parallel = config.model, config.parallel
-    num_ranks = rehearsed.job.num_ranks
+    model, parallel, shape = config.model, config.parallel, rehearsed.job.shape
+    num_ranks = shape.num_ranks
     gpus_per_node = min(options.gpus_per_node, num_ranks)
     proved = []
     if verdict.ok:
@@ -230,7 +230,7 @@ def facts_of(result: Preflight, options: Options) -> ReportFacts:
         proved=proved,
         summary={
             "model": f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size:,}",
-            "layout": f"pipeline {parallel.pipeline} ({parallel.schedule}) x data {rehearsed.job.shape.dp} x tensor {parallel.tensor}"
+            "layout": f"pipeline {shape.pp} ({parallel.schedule}) x data {shape.dp} x tensor {shape.tp}"
             + (", sequence parallel" if parallel.sequence else ""),
             "ZeRO": str(parallel.zero_stage),
             "global batch": f"{config.train.global_batch_size:,} samples of {config.data.sequence_length:,} tokens",

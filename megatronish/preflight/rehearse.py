@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +22,12 @@ from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.preflight.coordinates import Questions, watched
 from megatronish.preflight.job import Log
 from megatronish.preflight.log_history import LogHistory
-from megatronish.preflight.replay import NotRepeating, ReplayingRuntime
+from megatronish.preflight.replay import Microbatches, NotRepeating, ReplayingRuntime
 from megatronish.run_folder import RunFolder
 from megatronish.startup import require_agreement
 from megatronish.train import Datasets, Surroundings, run_facts, run_training
 
 LOG = logging.getLogger("megatronish.rehearsal")
-Microbatches = Literal["all", "two of each phase"]
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,9 @@ def _rehearse(config: Config, rank: int, world_size: int, device_kind: str, micr
     recorder, stages = Recorder(history=history), []
 
     def adapt(run: Assembly) -> None:
-        if microbatches != "all":
-            runtime = ReplayingRuntime(run.trainer.pipeline, history)
-            run.trainer.pipeline = runtime
-            stages.append(runtime.replaying)
+        runtime = ReplayingRuntime(run.trainer.pipeline, history, microbatches)
+        run.trainer.pipeline = runtime
+        stages.append(runtime.replaying)
 
     with rehearsed_world(rank, world_size, recorder):
         hooks = Hooks(adapt, partial(watched, questions=questions))
