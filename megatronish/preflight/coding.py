@@ -176,6 +176,24 @@ class CodedJob:
         return np.array([self.unit_table.number(unit.mirrored()) for unit in units], dtype=np.uint32)
 
     @cached_property
+    def op_groups(self) -> tuple[Table[str], npt.NDArray[np.int64]]:
+        """All groups, and by number of an op the number of its group."""
+        groups: Table[str] = Table()
+        return groups, np.array([groups.number(op.group) for op in self.ops.items], dtype=np.int64)
+
+    @cached_property
+    def op_kinds(self) -> npt.NDArray[np.str_]:
+        """By number of an op: its kind."""
+        return np.array([op.kind for op in self.ops.items], dtype=np.str_)
+
+    def slots(self, groups: Sequence[str]) -> npt.NDArray[np.int64]:
+        """By number of an op: the place of its group among these, -1 if it is none of them."""
+        table, of_op = self.op_groups
+        places = {group: place for place, group in enumerate(groups)}
+        by_group = np.array([places.get(group, -1) for group in table.items] or [-1], dtype=np.int64)
+        return by_group[of_op]
+
+    @cached_property
     def ranks_with(self) -> Counter[int]:
         """By log: how many ranks have it."""
         return Counter(self.job.log_of)
