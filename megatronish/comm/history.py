@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import NamedTuple, Protocol
 
+import torch
+
 RING_EVENTS = 4096
 """What a training process keeps: a few steps of a small layout, the last microbatches of a deep pipeline."""
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _ROOT = os.path.dirname(os.path.dirname(_HERE)) + os.sep
 
 
@@ -153,7 +156,7 @@ class History:
         if not self._names_sites:
             return ""
         frame = sys._getframe(2)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
             frame = frame.f_back
         key = (frame.f_code, frame.f_lineno)
         if key not in self._sites:

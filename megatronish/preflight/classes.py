@@ -19,7 +19,6 @@ from megatronish.parallel.mesh import AXES, MeshShape
 from megatronish.preflight.job import Log
 from megatronish.preflight.rehearse import Rehearsal, rehearse
 from megatronish.preflight.replay import Microbatches
-from megatronish.remember import remembering
 
 INNER_AXES = tuple(axis for axis in AXES if axis != "pp")
 Groups = Mapping[str, tuple[int, ...]]
@@ -83,16 +82,15 @@ def rehearse_part(plan: Plan, stage: int, ranks: Sequence[int] | None = None) ->
     must_run = [rank for rank in waiting if ranks is not None or rank in corners(shape, stage)]
     runs: dict[int, Rehearsal] = {}
     source: dict[int, int] = {}
-    with remembering():
-        while waiting:
-            rank = must_run.pop(0) if must_run else next(iter(waiting))
-            run = runs[rank] = _rehearse(plan, rank)
-            source[rank] = rank
-            del waiting[rank]
-            inferred = [] if ranks is not None else _alike(run, waiting, shape, keep=must_run)
-            for other in inferred:
-                source[other] = rank
-                del waiting[other]
+    while waiting:
+        rank = must_run.pop(0) if must_run else next(iter(waiting))
+        run = runs[rank] = _rehearse(plan, rank)
+        source[rank] = rank
+        del waiting[rank]
+        inferred = [] if ranks is not None else _alike(run, waiting, shape, keep=must_run)
+        for other in inferred:
+            source[other] = rank
+            del waiting[other]
     return _join(runs, source, shape)
 
 
