@@ -31,6 +31,45 @@ JsonFile = Annotated[Path | None, typer.Option("--json", callback=_writable, hel
 
 
 @app.command()
+def preflight(
+    config: ConfigFile = Path("configs/gpt3_175b.yaml"),
+    overrides: Overrides = None,
+    in_full: Annotated[bool, typer.Option("--in-full", help="Rehearse every rank and microbatch too, and compare.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Seconds of a rehearsal of all ranks; with --in-full, whether what it inferred is what running everything gives (exit code 1
+    if not).
+
+    Example: megatronish bench preflight configs/gpt3_175b.yaml model.num_layers=8 --in-full
+    """
+    from rich.progress import Progress
+
+    measure = importlib.import_module("megatronish.bench.preflight").measure
+    loaded = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [])
+    parallel = loaded.parallel
+    world = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("ranks", total=world * (2 if in_full else 1))
+        result = measure(loaded, world, in_full=in_full, tell=lambda part: progress.advance(task, len(part.log_of)))
+    full = result.get("in_full")
+    ran, inferred, seconds = result["ranks_run"], result["ranks_inferred"], result["rehearse_seconds"]
+    typer.echo(
+        f"{result['config']}, {result['layers']} layers, {world:,} ranks: {ran:,} run + {inferred:,} inferred in {seconds:.1f} s, "
+        f"{result['calls']:,} calls matched in {result['match_seconds']:.1f} s"
+    )
+    if full is not None:
+        verdict = "equal" if full["equal"] else "NOT EQUAL"
+        typer.echo(
+            f"in full: {full['ranks_run']:,} ranks, {full['passes_run']:,} microbatch passes in {full['rehearse_seconds']:.1f} s; "
+            f"logs of all ranks {verdict}"
+        )
+    if json_file is not None:
+        write_json(json_file, result)
+    if not result["sound"] or (full is not None and not full["equal"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def step(
     config: ConfigFile = Path("configs/demo_cpu.yaml"),
     overrides: Overrides = None,
