@@ -22,6 +22,12 @@ def remembering() -> Iterator[None]:
         _results = before
 
 
+def remember_from_now_on() -> None:
+    """As `remembering`, until the process ends."""
+    global _results
+    _results = {}
+
+
 def remembered(function: F) -> F:
     """Mark a function whose result depends on its (hashable) arguments alone, and is never changed by who gets it."""
 

@@ -12,7 +12,7 @@ import torch
 
 from megatronish.preflight.classes import Groups, PartOfJob, Plan, ranks_of_stage, rehearse_part
 from megatronish.preflight.job import Job, Log, Span
-from megatronish.remember import remembering
+from megatronish.remember import remember_from_now_on, remembering
 
 PRELOAD = ("torch", "torch.distributed", "megatronish.preflight.preload")
 RANKS_OF_A_TASK = 8
@@ -75,7 +75,7 @@ def _begin() -> None:
     """A process that rehearses ranks of one job until it ends."""
     # One thread: the fork server has loaded torch, and a forked OpenMP pool would hang.
     torch.set_num_threads(1)
-    remembering().__enter__()
+    remember_from_now_on()
 
 
 class _Joined:
