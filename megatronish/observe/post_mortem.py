@@ -94,6 +94,7 @@ class PostMortem:
         self._hang_seconds = hang_seconds
         self._started = time.monotonic()
         self._reported_since: float | None = None
+        self._written: Reason | None = None
         self._stacks: IO[str] | None = None
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -120,6 +121,10 @@ class PostMortem:
         self._thread.join(timeout=10.0)
         if isinstance(error, Exception) and not exit_code_of(error):
             self.write("crash", error=error)
+        elif error is None:
+            with contextlib.suppress(OSError):  # the last one finds the folder empty, if nobody wrote a dump
+                process_path(self._run_dir, self._who.rank).unlink(missing_ok=True)
+                (self._run_dir / FOLDER).rmdir()
         if not self._thread.is_alive():
             os.close(self._wake_read)
             os.close(self._wake_write)
@@ -132,6 +137,7 @@ class PostMortem:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self._who.process() | self._state(reason, error), separators=(",", ":")))
             temporary.replace(path)
+            self._written = reason
         except OSError as failure:
             sys.stderr.write(f"WARNING: {path}: cannot be written ({failure.strerror})\n")
             return None
@@ -152,7 +158,8 @@ class PostMortem:
             "reason": reason,
             "error": None if error is None else "".join(traceback.format_exception_only(error)).strip(),
             "hang_seconds": self._hang_seconds,
-            "moment": list(record.moment),
+            # An error has left the phase that it came from.
+            "moment": list(numbered[-1][0].moment if error is not None and numbered else record.moment),
             "groups": dict(record.groups),
             "counts": [[*channel, count] for channel, count in counts.items()],
             "waiting": next((place for place, (entry, _) in enumerate(numbered) if entry is waiting), None),
@@ -200,6 +207,9 @@ class PostMortem:
         entries = history.current().entries
         since = entries[-1].seconds if entries else self._started
         idle = time.monotonic() - since
+        if self._written == "timeout" and since != self._reported_since:  # it goes on: it was only slow
+            dump_path(self._run_dir, self._who.rank).unlink(missing_ok=True)
+            self._written = None
         if not self._hang_seconds or idle < self._hang_seconds or since == self._reported_since:
             return
         self._reported_since = since
@@ -221,8 +231,9 @@ def _what_it_does(idle: float) -> str:
     entries, waiting = [entry for entry, _ in record.numbered()], record.waiting
     place = next((place for place, entry in enumerate(entries) if entry is waiting), None)
     if waiting is None or place is None:
-        main = sys._current_frames().get(threading.main_thread().ident or 0)
-        where = "" if main is None else f", it is at {_place(main.f_code.co_filename, main.f_lineno, main.f_code.co_name)}"
+        frames = _walk(sys._current_frames().get(threading.main_thread().ident or 0))
+        ours = [frame for frame in frames if frame.startswith("megatronish/")] or frames
+        where = f", it is at {ours[-1]}" if ours else ""
         return f"has communicated nothing for {idle:.0f} s{where} ({record.moment})"
     event = waiting.event
     call = place_waited_for([entry.event for entry in entries], place) if isinstance(event, Wait) else None

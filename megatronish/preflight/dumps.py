@@ -63,6 +63,12 @@ class Dump:
         """Where the main thread is, outermost first."""
         return list(self.stacks[0]["frames"]) if self.stacks else []
 
+    @property
+    def at(self) -> str:
+        """The innermost frame of ours."""
+        ours = [frame for frame in self.main_frames if frame.startswith("megatronish/") and "/comm/" not in frame]
+        return (ours or self.main_frames or ["an unknown place"])[-1]
+
     @cached_property
     def longest_pause(self) -> float:
         """Between two of its last 200 events."""
@@ -146,11 +152,14 @@ class Evidence:
         return "" if process is None else f"process {process['pid']} on {process['host']}"
 
     def stacks_of_c_code(self, rank: int) -> list[str]:
-        """What faulthandler wrote of a rank: lines of text."""
+        """What faulthandler wrote of a rank: what happened, and the main thread, innermost frame first."""
         try:
-            return stacks_path(self.run, rank).read_text(errors="replace").splitlines()
+            lines = stacks_path(self.run, rank).read_text(errors="replace").splitlines()
         except OSError:
             return []
+        threads = [place for place, line in enumerate(lines) if "(most recent call first)" in line]
+        frames = lines[threads[-1] + 1 :] if threads else []  # the main thread is the last
+        return lines[:1] + [line.strip() for line in frames if line.startswith("  File")]
 
 
 def collect(run: Path) -> Evidence:

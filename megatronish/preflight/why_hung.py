@@ -50,7 +50,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         return Diagnosis((failed[0].rank,), f"{evidence.name(failed[0].rank)} failed with {failed[0].error}", waits)
     if found:
         return _settled(evidence, found, waits)
-    if missing := _missing(evidence):
+    if missing := _missing(evidence, () if cause is None else cause.ranks):
         text = "; ".join(f"{evidence.name(rank)} {_fate(evidence, rank)}" for rank in missing[:3])
         text += f"; and {len(missing) - 3:,} more like it" if len(missing) > 3 else ""
         return Diagnosis(tuple(missing), text, waits)
@@ -63,8 +63,7 @@ def _settled(evidence: Evidence, found: Sequence[Disagreement], waits: str) -> D
     changed = [rank for rank in concerned if departs_from_itself(evidence.dumps[rank])]
     if changed and len(changed) < len(concerned):
         first = next(one for one in found if set(changed) & set(one.finding.culprits))
-        does, it = verb(changed, "does", "do"), verb(changed, "it", "they")
-        they = f"{people(changed, evidence.name)} {does} not what {it} did a step before"
+        they = f"{people(changed, evidence.name)} {verb(changed, 'does', 'do')} something else than a step before"
         return Diagnosis(tuple(changed), f"{they}: {first.finding.text}", waits)
     counts = {rank: sum(rank in one.finding.culprits for one in found) for rank in concerned}
     most = [rank for rank in concerned if counts[rank] == max(counts.values())]
@@ -81,15 +80,18 @@ def _failed(evidence: Evidence) -> list[Dump]:
     return sorted(failed, key=lambda dump: dump.time)
 
 
-def _missing(evidence: Evidence) -> list[int]:
-    """Ranks that are not there: they wrote nothing, or have been stopped or killed since, while others run on."""
+def _missing(evidence: Evidence, awaited: Sequence[int]) -> list[int]:
+    """Ranks that are not there: they wrote nothing, or have been stopped or killed since, while others run on. One that runs may
+    only be slower to write, unless it is waited for."""
     states = {rank: evidence.state_of(rank) for rank in range(evidence.shape.num_ranks)}
     crashed = {rank for rank, dump in evidence.dumps.items() if dump.reason == "crash"}
     lives = "running" in states.values()
 
     def is_missing(rank: int) -> bool:
         was_killed = states[rank] == "gone" and lives and rank not in crashed
-        return rank not in evidence.dumps or states[rank] == "stopped" or was_killed
+        if rank in evidence.dumps:
+            return states[rank] == "stopped" or was_killed
+        return states[rank] != "running" or rank in awaited or bool(evidence.stacks_of_c_code(rank))
 
     return [rank for rank in states if is_missing(rank)]
 
@@ -176,11 +178,15 @@ def _fate(evidence: Evidence, rank: int) -> str:
             return "lost a peer" if dump.lost_peer else f"ended with {dump.error}"
         if (place := dump.blocked_in) is not None:
             return f"waits in {dump.describe(place)}, which all ranks have come to"
-        at = f" at {dump.main_frames[-1]}" if dump.main_frames else ""
-        return f"is in no call but{at} ({dump.moment}), and has communicated nothing for {dump.idle_seconds:.1f} s"
+        return f"is in no call but at {dump.at} ({dump.moment}), and has communicated nothing for {dump.idle_seconds:.1f} s"
     if lines := evidence.stacks_of_c_code(rank):
-        frame = next((line.strip() for line in lines if line.startswith("  File")), lines[0])
-        return f"wrote nothing, since C code does not give back Python's lock or has crashed ({process}): {frame}"
+        at = f" at {lines[1]}" if len(lines) > 1 else ""
+        why = (
+            f"crashed with `{lines[0]}`"
+            if lines[0].startswith("Fatal")
+            else "wrote nothing: C code does not give back Python's lock"
+        )
+        return f"{why}{at} ({process})"
     if state == "gone":
         return f"wrote nothing and is gone ({process}): killed from outside; if the kernel did it for memory, dmesg says so"
     if state == "running":
