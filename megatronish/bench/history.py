@@ -1,8 +1,8 @@
 """What the history of calls costs a training step: the time of one record x the records of a step / the time of a step.
 
-Steps with and without it differ by less than the noise of a busy machine, so its parts are measured where they can be: the records by
-themselves, on a history whose ring is full, under as many frames as a call of the trainer has; their number in a real step. All times
-are seconds of a processor that one rank used, so that other processes do not count.
+Steps with and without it differ by less than the noise of a busy machine, so its parts are measured where they can be: the records
+by themselves, on a history whose ring is full, under as many frames as a call of the trainer has; their number in a real step. All
+times are seconds of a processor that one rank used, so that other processes do not count.
 """
 
 from __future__ import annotations

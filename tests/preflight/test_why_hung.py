@@ -42,7 +42,7 @@ CASES = [
     Case(hangs.calls_one_twice, DATA_3, 3, 1, ("train_step", "count_targets")),
     Case(hangs.wrong_count, DATA_3, 3, 1, ("100,000 x float32", "number of targets")),
     Case(hangs.rank_dependent_norm, DATA_3, 3, 0, ("skips all_reduce", "loss and gradient norm", "join_scalars")),
-    Case(hangs.evaluates_alone, DATA_3 + ("train.eval_interval=1000",), 3, 1, ("held-out loss", "evaluate step 3")),
+    Case(hangs.evaluates_alone, (*DATA_3, "train.eval_interval=1000"), 3, 1, ("held-out loss", "evaluate step 3")),
     Case(
         hangs.inverts_two_groups,
         GRID,
