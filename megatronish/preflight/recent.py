@@ -43,16 +43,25 @@ def disagreements(evidence: Evidence) -> list[Disagreement]:
     return sorted(found, key=lambda one: (one.is_tie, -one.num_compared))
 
 
-def departs_from_itself(dump: Dump) -> bool:
-    """Whether its last step is not the beginning of its step before: of two that disagree, this one has changed."""
-    steps: dict[int, list[Hashable]] = {}
-    for moment, call, _ in dump.calls():
-        if moment.phase == "train":
-            steps.setdefault(moment.step, []).append((_likeness(call, dump), call.what))
-    # The ring may begin in the middle of the oldest.
-    *earlier, before, last = [[], [], *steps.values()] if len(steps) < 3 else list(steps.values())
-    del earlier
-    return bool(before) and last != before[: len(last)]
+def change_of(dump: Dump) -> str | None:
+    """How its last step departs from its step before, in words; None if it does the same as far as it has come. Of two that
+    disagree, the one that has changed is odd."""
+    steps: dict[int, list[Row]] = {}
+    for row in dump.calls():
+        if row[0].phase == "train":
+            steps.setdefault(row[0].step, []).append(row)
+    if len(steps) < 3:  # the ring may begin in the middle of the oldest
+        return None
+    before, last = list(steps.values())[-2:]
+    for place, (moment, call, _) in enumerate(last):
+        if place >= len(before) or _same(dump, call) != _same(dump, before[place][1]):
+            then = str(before[place][1]) if place < len(before) else "nothing more"
+            return f"does {call} at {call.site} ({moment}), where it did {then} a step before"
+    return None
+
+
+def _same(dump: Dump, call: Call) -> Hashable:
+    return _likeness(call, dump), call.what
 
 
 def instances(evidence: Evidence) -> list[tuple[str, tuple[int, ...]]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatronish.comm.history import Channel
 from megatronish.preflight.dumps import Dump, Evidence, channel_at, collect, mirrored, short_stack
-from megatronish.preflight.findings import people, verb
-from megatronish.preflight.recent import Disagreement, departs_from_itself, disagreements
+from megatronish.preflight.findings import people
+from megatronish.preflight.recent import Disagreement, change_of, disagreements
 from megatronish.preflight.waits import Blocked, Cause, why_blocked
 
 _TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
@@ -60,14 +60,20 @@ def diagnose(evidence: Evidence) -> Diagnosis:
 def _settled(evidence: Evidence, found: Sequence[Disagreement], waits: str) -> Diagnosis:
     """Of as many that do one thing as the other: who has changed since its step before, else who is in most disagreements."""
     concerned = sorted({rank for one in found for rank in one.finding.culprits})
-    changed = [rank for rank in concerned if departs_from_itself(evidence.dumps[rank])]
-    if changed and len(changed) < len(concerned):
-        first = next(one for one in found if set(changed) & set(one.finding.culprits))
-        they = f"{people(changed, evidence.name)} {verb(changed, 'does', 'do')} something else than a step before"
-        return Diagnosis(tuple(changed), f"{they}: {first.finding.text}", waits)
+    if changed := _changed(evidence, concerned, waits):
+        first = next(one for one in found if set(changed.culprits) & set(one.finding.culprits))
+        return replace(changed, text=f"{changed.text}: {first.finding.text}")
     counts = {rank: sum(rank in one.finding.culprits for one in found) for rank in concerned}
     most = [rank for rank in concerned if counts[rank] == max(counts.values())]
     return Diagnosis(tuple(most), found[0].finding.text, waits)
+
+
+def _changed(evidence: Evidence, ranks: Sequence[int], waits: str) -> Diagnosis | None:
+    """Those of the ranks that do something else than a step before; None if all do, or none."""
+    changes = {rank: change for rank in ranks if (change := change_of(evidence.dumps[rank]))}
+    if not changes or len(changes) == len(ranks):
+        return None
+    return Diagnosis(tuple(changes), "; ".join(f"{evidence.name(rank)} {change}" for rank, change in changes.items()), waits)
 
 
 def _failed(evidence: Evidence) -> list[Dump]:
@@ -105,6 +111,8 @@ def _by_waits(evidence: Evidence, cause: Cause | None) -> Diagnosis:
         text = f"no rank hangs: all last calls agree, {waiting} of {len(evidence.dumps)} ranks wait, and nobody that they wait for"
         return Diagnosis((), f"{text} is missing; the job is slow, or its network is")
     if cause.is_cycle:
+        if changed := _changed(evidence, cause.ranks, cause.text):
+            return changed
         return Diagnosis(cause.ranks, f"{people(cause.ranks, evidence.name)} wait for each other", cause.text)
     stuck = [rank for rank in cause.ranks if rank in evidence.dumps and _is_stuck(evidence.dumps[rank])]
     if not stuck:
@@ -180,7 +188,8 @@ def _fate(evidence: Evidence, rank: int) -> str:
             return f"waits in {dump.describe(place)}, which all ranks have come to"
         return f"is in no call but at {dump.at} ({dump.moment}), and has communicated nothing for {dump.idle_seconds:.1f} s"
     if lines := evidence.stacks_of_c_code(rank):
-        at = f" at {lines[1]}" if len(lines) > 1 else ""
+        ours = [line for line in lines[1:] if "/megatronish/" in line and "/comm/" not in line] or lines[1:]
+        at = f" at {ours[0]}" if ours else ""
         why = (
             f"crashed with `{lines[0]}`"
             if lines[0].startswith("Fatal")

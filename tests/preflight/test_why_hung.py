@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 
-from megatronish.observe.post_mortem import stacks_path
+from megatronish.observe.post_mortem import SIGNAL, dump_path, stacks_path
 from megatronish.preflight.dumps import Dump
 from tests.preflight import hangs
 from tests.preflight.hangs import STEP, Fault, HungRun
-from tests.small_run import wait_until, write_run
+from tests.small_run import kill_group, losses, megatronish, start, wait_until, write_run
 
 DATA_3 = ("parallel.data=3", "train.global_batch_size=12")
 GRID = ("parallel.tensor=2", "parallel.data=2")
@@ -52,7 +52,13 @@ CASES = [
     ),
     Case(hangs.wrong_group, GRID, 4, 2, ("loss and gradient norm", "on dp")),
     Case(hangs.misses_a_receive, PIPELINE_2, 4, 3, ("receive of",)),
-    Case(hangs.one_microbatch_fewer, PIPELINE, 2, 1, ("F3",)),
+    Case(
+        hangs.one_microbatch_fewer,
+        PIPELINE,
+        2,
+        1,
+        ("gradient 2 of part 1", "where it did receive", "activation 3 of part 0 a step before"),
+    ),
 ]
 
 
@@ -79,6 +85,35 @@ def test_why_hung_names_the_rank(case: Case, config_path: Path) -> None:
     print(text)
     assert found.culprits == (case.culprit,), text
     assert all(part in text for part in case.says), text
+
+
+def test_a_run_that_goes_on_is_not_called_hung(config_path: Path, tmp_path: Path) -> None:
+    arguments = ("parallel.data=2", "name=slow", "train.steps=100000", "checkpoint.interval=null", "observe.hang_seconds=300.0")
+    run = config_path.parent / "runs" / "slow"
+    launcher = start("train", str(config_path), *arguments, "--nproc", "2", stderr=tmp_path / "stderr")
+    try:
+        launcher.send_signal(SIGNAL)  # before anybody listens: no harm
+        wait_until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, seconds=120.0, what="step 4")
+        launcher.send_signal(SIGNAL)
+        paths = [dump_path(run, rank) for rank in range(2)]
+        wait_until(lambda: all(path.exists() for path in paths), seconds=30.0, what="the dumps", often=0.1)
+        steps = len(losses(run))
+        wait_until(lambda: len(losses(run)) > steps + 3, seconds=60.0, what="more steps")
+        found = megatronish("why-hung", str(run))
+        assert found.returncode == 1 and "no rank hangs" in found.stdout and "2 of 2 ranks wrote" in found.stdout, found
+    finally:
+        kill_group(launcher)
+
+
+def test_why_hung_without_dumps_says_how_to_get_them(tmp_path: Path) -> None:
+    missing = megatronish("why-hung", str(tmp_path / "nothing"))
+    assert missing.returncode == 2 and "there is no such folder" in missing.stderr
+    without = megatronish("why-hung", str(tmp_path))
+    assert without.returncode == 2 and "kill -USR2" in without.stderr and "scancel --signal=USR2" in without.stderr
+    (tmp_path / "post_mortem").mkdir()
+    dump_path(tmp_path, 0).write_text('{"rank": 0}')
+    broken = megatronish("why-hung", str(tmp_path))
+    assert broken.returncode == 2 and "is not a dump" in broken.stderr
 
 
 def _of(case: Case) -> dict[str, object]:
