@@ -1,4 +1,4 @@
-"""Real runs in which one rank does something wrong in step 3: what the tests of `why-hung` plant. Their processes are then ended."""
+"""Real runs in which one rank does something wrong in step 3: what the tests of `why-hung` plant; their processes are ended."""
 
 from __future__ import annotations
 

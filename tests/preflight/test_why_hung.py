@@ -92,7 +92,8 @@ def test_a_run_that_goes_on_is_not_called_hung(config_path: Path, tmp_path: Path
     run = config_path.parent / "runs" / "slow"
     launcher = start("train", str(config_path), *arguments, "--nproc", "2", stderr=tmp_path / "stderr")
     try:
-        launcher.send_signal(SIGNAL)  # before anybody listens: no harm
+        wait_until((run / "logs").exists, seconds=60.0, what="the run's folder")
+        launcher.send_signal(SIGNAL)  # before any rank listens: no harm
         wait_until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3, seconds=120.0, what="step 4")
         launcher.send_signal(SIGNAL)
         paths = [dump_path(run, rank) for rank in range(2)]
