@@ -199,6 +199,29 @@ def pipeline(
         write_json(json_file, results)
 
 
+@app.command()
+def history(
+    config: ConfigFile = Path("configs/demo_cpu.yaml"),
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Local CPU processes of the layout.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps that are measured; medians are reported.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """What it costs that every rank keeps its last calls for `megatronish why-hung`, as a share of a step.
+
+    Example: megatronish bench history configs/demo_cpu.yaml --nproc 8
+    """
+    bench: Any = importlib.import_module("megatronish.bench.history")
+    loaded = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [], world_size=nproc)
+    result = bench.measure(loaded, nproc, rounds)
+    typer.echo(
+        f"{result['microseconds_a_record']:.2f} us a record x {result['records_a_step']:.0f} records a step of "
+        f"{result['cpu_seconds_a_step']:.2f} CPU s on each of {nproc} ranks = {result['share_of_a_step']:.3%} ({result['device']})"
+    )
+    if json_file is not None:
+        write_json(json_file, result)
+
+
 def _print_pipeline(results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
