@@ -37,7 +37,7 @@ class Datasets:
 
 
 def open_datasets(config: Config) -> Datasets:
-    """Open both sets; UserError, a line a problem, if they do not fit the config, or if a package that it needs is not installed."""
+    """Open both sets; UserError, a line a problem, if they do not fit the config or a package that it needs is missing."""
     require_wandb(config.observe.wandb_project)
     data, problems = config.data, Problems()
     num_samples = config.batch_schedule.consumed_after(config.num_steps)
