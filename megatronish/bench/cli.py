@@ -148,24 +148,24 @@ def data(
     megabytes: Annotated[int, typer.Option(min=1, help="Text that is tokenized in a round, in MB.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Processes that encode, for both variants.")] = 2,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; by default one is learned from the text.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where files go, some hundred MB. Default: a temporary folder.")] = None,
+    folder: Annotated[Path, typer.Option(help="On the disk to measure; what is written there is removed.")] = Path("runs"),
+    memory: Annotated[Path, typer.Option(help="On a file system in memory; the files there are removed.")] = Path("/dev/shm"),
     json_file: JsonFile = None,
 ) -> None:
     """Read samples, write token files and tokenize text against megatron-core, in one interleaved run; the files must be equal.
 
     Example: megatronish bench data --rounds 5 --json data.json
     """
-    import tempfile
-
     from rich.console import Console
     from rich.progress import Progress
 
     bench: Any = importlib.import_module("megatronish.bench.data")
-    with tempfile.TemporaryDirectory() as temporary, Progress(transient=True) as progress:
+    scratch = importlib.import_module("megatronish.bench.workers").scratch_folder
+    with scratch(folder, "--folder") as disk, scratch(memory, "--memory") as shm, Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=rounds)
-        sizes = bench.DataBench(folder or Path(temporary), rounds, samples, tokens, megabytes, workers, tokenizer)
+        sizes = bench.DataBench(disk, shm, rounds, samples, tokens, megabytes, workers, tokenizer)
         result = bench.measure(sizes, lambda number: progress.update(task, completed=number + 1))
-    Console().print(bench.render(result))
+    Console(width=132).print(bench.render(result))
     if json_file is not None:
         write_json(json_file, result)
 

@@ -23,6 +23,7 @@ from megatronish.comm import streams
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import SyntheticDataset
 from megatronish.data.loader import BatchLoader
+from megatronish.errors import UserError
 from megatronish.interop.llama import write_config
 from megatronish.parallel.mesh import build_mesh
 from megatronish.parallel.rendezvous import Place, connect, disconnect
@@ -114,6 +115,8 @@ def _serve_peer(commands: Connection, config: Config, threads: int) -> None:
 def measure(bench: StepBench, on_round: Any = lambda number: None) -> dict[str, Any]:
     """Run the bench on CPU; rates are medians over rounds, the ratio the median of each round's ratio."""
     config, port = bench.config, free_port()
+    if config.model.architecture != "llama":
+        raise UserError(f"model.architecture={config.model.architecture}: bench step compares with a Llama, so with llama")
     ours, peer = Workers("megatronish"), Workers("Hugging Face Llama, one process")
     try:
         for rank in range(bench.num_ranks):
