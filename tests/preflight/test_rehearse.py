@@ -18,9 +18,10 @@ from megatronish.config import BatchRamp, Config
 from megatronish.config_loader import load_config
 from megatronish.preflight.check import check
 from megatronish.preflight.classes import Plan
-from megatronish.preflight.job import Job
+from megatronish.preflight.job import Job, Log
 from megatronish.preflight.rehearse import play, rehearse, shortened
 from megatronish.preflight.rehearse_job import rehearse_job
+from megatronish.remember import remember_from_now_on
 from megatronish.trainer import Trainer
 from tests.parallel.parity import Case
 from tests.ranks import ranks
@@ -42,12 +43,17 @@ def corner_ranks(config: Config) -> list[int]:
     return sorted({shape.rank_of({"pp": stage, **corner}) for stage in stages for corner in corners})
 
 
-def rehearse_config(path: Path, rank: int) -> list[Intercepted]:
+def rehearse_config(path: Path, rank: int) -> Log:
     config = load_config(path, ["train.eval_interval=0"])
     world_size = world_size_of(config)
-    return rehearse(
-        shortened(config, world_size, num_microbatches=2 * config.parallel.pipeline), rank=rank, world_size=world_size
-    ).calls
+    short = shortened(config, world_size, num_microbatches=2 * config.parallel.pipeline)
+    return rehearse(short, rank=rank, world_size=world_size, microbatches="two of each phase").log
+
+
+def begin() -> None:
+    # One thread: the fork server has loaded torch, and a forked OpenMP pool would hang.
+    torch.set_num_threads(1)
+    remember_from_now_on()
 
 
 @pytest.mark.slow
@@ -55,11 +61,10 @@ def rehearse_config(path: Path, rank: int) -> list[Intercepted]:
 def test_every_shipped_config_builds_and_steps_at_full_size() -> None:
     jobs = [(path, rank) for path in CONFIGS for rank in corner_ranks(load_config(path))]
     assert len(jobs) > len(CONFIGS)
-    # One thread: the fork server has loaded torch, and a forked OpenMP pool would hang.
-    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("forkserver"), **one_thread) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("forkserver"), initializer=begin) as pool:
         results = list(pool.map(rehearse_config, *zip(*jobs, strict=True)))
-    for (path, rank), calls in zip(jobs, results, strict=True):
+    for (path, rank), log in zip(jobs, results, strict=True):
+        calls = [call for _, call in log.calls()]
         config = load_config(path)
         stage = mesh_shape(config, world_size_of(config)).coordinates(rank)["pp"]
         last = config.parallel.pipeline - 1
@@ -67,7 +72,7 @@ def test_every_shipped_config_builds_and_steps_at_full_size() -> None:
         m = 3 * config.parallel.pipeline
         received = sum(c.operation == "receive" for c in calls)
         assert received == (m if stage > 0 else 0) + (m if stage < last else 0), f"{path.name} rank {rank}"
-        assert any(c.axis == "dp" for c in calls), f"{path.name} rank {rank} reduces no gradient"
+        assert any(c.group == "dp" for c in calls), f"{path.name} rank {rank} reduces no gradient"
 
 
 def record_real_run(rank: int, config: Config, world_size: int, recorder: Recorder) -> list[Intercepted]:
