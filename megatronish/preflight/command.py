@@ -218,7 +218,7 @@ def facts_of(result: Preflight, options: Options) -> ReportFacts:
             f"{verdict.num_messages:,} messages: each exchange meets its partner's mirror image, nothing is left over",
             f"the job ends {rules_in_words(result)}; {verdict.num_simulated:,} ranks stood for all",
         ]
-    certificate = {} if result.certificate is None else {k: str(v) for k, v in asdict(result.certificate).items()}
+    certificate = {} if result.certificate is None else _in_words(result.certificate)
     return ReportFacts(
         name=config.name,
         job=rehearsed.job,
@@ -242,6 +242,11 @@ def facts_of(result: Preflight, options: Options) -> ReportFacts:
         seconds=result.seconds,
         warnings=result.warnings,
     )
+
+
+def _in_words(certificate: Certificate) -> dict[str, str]:
+    values = {**asdict(certificate), "rules": ", ".join(certificate.rules)}
+    return {name.replace("_", " "): str(value) for name, value in values.items()}
 
 
 def as_json(result: Preflight) -> dict[str, Any]:
