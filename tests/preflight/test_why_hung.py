@@ -75,7 +75,8 @@ def test_why_hung_names_the_rank(case: Case, config_path: Path) -> None:
         has_come = case.fault is hangs.never_builds or dump.moment.step >= STEP
         return dump.reason == "crash" or (dump.reason == "timeout" and has_come)
 
-    with HungRun(config_path, f"name={case.fault.__name__}", *case.overrides, num_ranks=case.num_ranks, **_of(case)) as run:
+    overrides = (f"name={case.fault.__name__}", *case.overrides)
+    with HungRun(config_path, *overrides, num_ranks=case.num_ranks, fault=case.fault, culprit=case.culprit) as run:
         run.wait(silent, hangs=hangs_there)
         if case.fault is hangs.holds_the_lock:
             file = stacks_path(run.folder.path, case.culprit)
@@ -115,7 +116,3 @@ def test_why_hung_without_dumps_says_how_to_get_them(tmp_path: Path) -> None:
     dump_path(tmp_path, 0).write_text('{"rank": 0}')
     broken = megatronish("why-hung", str(tmp_path))
     assert broken.returncode == 2 and "is not a dump" in broken.stderr
-
-
-def _of(case: Case) -> dict[str, object]:
-    return {"fault": case.fault, "culprit": case.culprit}
