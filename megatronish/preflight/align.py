@@ -33,35 +33,43 @@ def common_prefix(a: Codes, b: Codes) -> int:
     return int(differing[0]) if len(differing) else length
 
 
-def explain(odd: Codes, usual: Codes) -> Divergence:
-    """What makes most of what follows agree; the sequences must differ.
+def explain(odd: Codes, usual: Codes, done: tuple[Sequence[Done], Sequence[Done]]) -> Divergence:
+    """What makes most of what follows agree; the sequences must differ. done: both in full.
 
-    Equal calls in a row leave open which of them is missing: see `sharpen`."""
+    Calls are first taken for equal if they also have the same purpose and site: many are of one size, and a call that is skipped
+    next to one that looks like it is not two that are swapped."""
     start = common_prefix(odd, usual)
-    a, b = odd[start:], usual[start:]
-
-    def gain(a_from: int, b_from: int) -> float:
-        if a_from > len(a) or b_from > len(b):
-            return -1.0
-        length = common_prefix(a[a_from:], b[b_from:])
-        return float("inf") if length == len(a) - a_from == len(b) - b_from else float(length)
-
-    candidates: list[tuple[float, Divergence]] = []
-    # Two calls swapped are four numbers that agree crosswise: more than a skip and an addition that happen to be near.
-    if len(a) > 1 and len(b) > 1 and a[0] == b[1] and a[1] == b[0]:
-        candidates.append((2 + gain(2, 2), Divergence("swaps", start)))
-    if len(a) and len(b):
-        candidates.append((0.5 + gain(1, 1), Divergence("differs", start)))
+    numbers: dict[Hashable, int] = {}
+    placed = [_with_places(codes[start:], all_done[start:], numbers) for codes, all_done in zip((odd, usual), done, strict=True)]
+    views = ((placed[0], placed[1]), (odd[start:], usual[start:]))
+    candidates = [Divergence("swaps", start), Divergence("differs", start)]
     for count in range(1, MAX_SHIFT + 1):
-        candidates.append((gain(0, count), Divergence("skips", start, count)))
-        candidates.append((gain(count, 0), Divergence("adds", start, count)))
-    best, divergence = max(candidates, key=lambda candidate: candidate[0])  # the first of the best
-    if best <= 0 or not (len(a) or len(b)):
-        return Divergence("differs", start)
-    return divergence
+        candidates += [Divergence("skips", start, count), Divergence("adds", start, count)]
+    gains = {candidate: tuple(_gain(candidate, *view) for view in views) for candidate in candidates}
+    best = max(candidates, key=lambda candidate: gains[candidate])  # the first of the best
+    return _sharpen(best if max(gains[best]) > 0 else Divergence("differs", start), *done)
 
 
-def sharpen(divergence: Divergence, odd: Sequence[Done], usual: Sequence[Done]) -> Divergence:
+def _with_places(codes: Codes, done: Sequence[Done], numbers: dict[Hashable, int]) -> Codes:
+    keys = ((code, _place(each)) for code, each in zip(codes.tolist(), done, strict=True))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.uint32)
+
+
+def _gain(candidate: Divergence, a: Codes, b: Codes) -> float:
+    """How many calls agree after it, from where `a` is odd and `b` usual: infinity for all of them."""
+    explanation, _, count = candidate
+    a_from, b_from = {"swaps": (2, 2), "differs": (1, 1), "skips": (0, count), "adds": (count, 0)}[explanation]
+    if a_from > len(a) or b_from > len(b):
+        return -1.0
+    if explanation == "swaps" and not (a[0] == b[1] and a[1] == b[0]):
+        return -1.0
+    # Two calls swapped are four numbers that agree crosswise: more than a skip and an addition that happen to be near.
+    bonus = {"swaps": 2.0, "differs": 0.5}.get(explanation, 0.0)
+    length = common_prefix(a[a_from:], b[b_from:])
+    return float("inf") if length == len(a) - a_from == len(b) - b_from else bonus + length
+
+
+def _sharpen(divergence: Divergence, odd: Sequence[Done], usual: Sequence[Done]) -> Divergence:
     """Which of several equal calls is skipped or added, by what it is for, its site and its moment."""
     if divergence.explanation not in ("skips", "adds"):
         return divergence

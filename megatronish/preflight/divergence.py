@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatronish.preflight.align import Divergence, common_prefix, explain, sharpen
+from megatronish.preflight.align import Divergence, common_prefix, explain
 from megatronish.preflight.coding import Codes, Done
 from megatronish.preflight.findings import Finding, Namer, people, verb
 
@@ -68,8 +68,7 @@ def divergences(
             sides = Sides(group, tuple(parts[code]), tuple(parts[usual]), weights[code] == weights[usual])
             odd_key, usual_key = (_commonest(members[rank] for rank in parts[part]) for part in (code, usual))
             odd, usually = (sequences[key].done()[first - sequences[key].first_number :] for key in (odd_key, usual_key))
-            divergence = explain(codes[odd_key], codes[usual_key])
-            divergence = sharpen(divergence, odd, usually)
+            divergence = explain(codes[odd_key], codes[usual_key], (odd, usually))
             yield _likeness(divergence, odd, usually), finding_of(sides, divergence, odd, usually, name, first)
         members = {rank: members[rank] for rank in parts[usual]}
 

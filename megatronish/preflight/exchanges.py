@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatronish.preflight.align import Divergence, explain, sharpen
+from megatronish.preflight.align import Divergence, explain
 from megatronish.preflight.coding import CodedJob, Codes, Done, things_done
 from megatronish.preflight.findings import Collected, Finding
 
@@ -97,8 +97,7 @@ def _describe(
     # The odd end is the one whose messages few ranks of the job have.
     odd = 0 if ends[0].weight < ends[1].weight else 1
     usual = 1 - odd
-    divergence = explain(codes[odd], codes[usual])
-    divergence = sharpen(divergence, done[odd], done[usual])
+    divergence = explain(codes[odd], codes[usual], (done[odd], done[usual]))
     mine, theirs = (done[end][divergence.position] if divergence.position < len(done[end]) else None for end in (odd, usual))
     they, others = name(ends[odd].rank), name(ends[usual].rank)
     kind, text = _words(divergence, (they, others), (mine, theirs))

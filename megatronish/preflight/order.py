@@ -118,10 +118,10 @@ def _difference(quotient: Quotient, rank: int, usual: int) -> str:
     fellows = (other for other in range(job.num_ranks) if job.shape.coordinates(other)["pp"] == stage)
     fellow = next(other for other in fellows if quotient.structure_of_rank(other) == usual)
     mine, theirs = codes(quotient.structure_of_rank(rank)), codes(usual)
-    divergence = explain(mine, theirs)
-    at = divergence.position
-    does = _done(job, rank, at) if at < len(mine) else "nothing more"
-    instead = _done(job, fellow, at) if at < len(theirs) else "nothing more"
+    done, usually = (list(everything_done(job, job.log_of[each])) for each in (rank, fellow))
+    at = explain(mine, theirs, (done, usually)).position
+    does = done[at] if at < len(done) else "nothing more"
+    instead = usually[at] if at < len(usually) else "nothing more"
     return f"unlike most of its stage, {job.name(rank)} does {does} where {job.name(fellow)} does {instead}"
 
 
