@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from megatronish import __version__
-from megatronish.bench.step import make_loader
+from megatronish.bench.step import rank_of_a_layout
 from megatronish.bench.workers import Workers, free_port, processor_name
 from megatronish.comm.history import Call, History, recording
 from megatronish.config import Config
@@ -45,30 +45,17 @@ def _at_depth(depth: int, history: History, call: Call, count: int) -> None:
 
 def _serve_rank(commands: Any, config: Config, rank: int, num_ranks: int, port: int) -> None:
     """One rank: answers each number of steps with (CPU seconds, records) of one."""
-    from megatronish.assemble import assemble, draw_weights, mesh_shape
-    from megatronish.comm import streams
-    from megatronish.parallel.mesh import build_mesh
-    from megatronish.parallel.rendezvous import Place, connect, disconnect
-
-    streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=False)
-    device = connect(Place("bench", rank, rank, num_ranks, num_ranks, master=("127.0.0.1", port)))
-    mesh = build_mesh(mesh_shape(config, num_ranks), rank, device=device)
-    loader = make_loader(config, mesh.index("dp"), mesh.size("dp"))
-    run = assemble(config, mesh, loader)
-    draw_weights(config, run.cut)
-    run.optimizer.reset_master()
-    step = 1
-    commands.send(None)
-    while (count := commands.recv()) > 0:
-        started = time.process_time()
-        with recording(History(most=None)) as history:
-            for _ in run.trainer.fit(step, step + count - 1):
-                pass
-            run.optimizer.ensure_parameters()
-        commands.send(((time.process_time() - started) / count, len(history.entries) / count))
-        step += count
-    loader.close()
-    disconnect()
+    with rank_of_a_layout(config, rank, num_ranks, port) as run:
+        step = 1
+        commands.send(None)
+        while (count := commands.recv()) > 0:
+            started = time.process_time()
+            with recording(History(most=None)) as history:
+                for _ in run.trainer.fit(step, step + count - 1):
+                    pass
+                run.optimizer.ensure_parameters()
+            commands.send(((time.process_time() - started) / count, len(history.entries) / count))
+            step += count
 
 
 def measure(config: Config, num_ranks: int, rounds: int) -> dict[str, Any]:
