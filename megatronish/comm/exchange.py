@@ -77,12 +77,15 @@ def start_exchange(
     matters; gloo pairs messages by tag. `post`: what hands them on instead of torch.distributed, in a rehearsal.
     """
     peer = group.ranks[peer_index]
-    batch = history.current().next_batch(group.axis)
+    record = history.current()
+    batch = record.next_batch(group.axis)
 
     def note(operation: str, parcel: Parcel) -> int:
         return group.note(operation, parcel.tensor, peer=peer_index, tag=parcel.tag, batch=batch, what=parcel.what)
 
     numbers = [note("receive", parcel) for parcel in receives] + [note("send", parcel) for parcel in sends]
+    if post is not None:  # torch.distributed will not see these, and must not take others for them
+        record.num_announced[group.axis] -= len(numbers)
     post = post or (post_by_tag if device_kind == "cpu" else post_batch)
     works = post(sends, receives, peer, group)
     started = [group.started(work, number) for work, number in zip(works, numbers[-len(works) :], strict=True)]

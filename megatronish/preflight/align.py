@@ -36,23 +36,33 @@ def common_prefix(a: Codes, b: Codes) -> int:
 def explain(odd: Codes, usual: Codes, done: tuple[Sequence[Done], Sequence[Done]]) -> Divergence:
     """What makes most of what follows agree; the sequences must differ. done: both in full.
 
-    Calls are first taken for equal if they also have the same purpose and site: many are of one size, and a call that is skipped
-    next to one that looks like it is not two that are swapped."""
-    start = common_prefix(odd, usual)
+    Many calls are of one size: where two sequences part, an earlier call may be missing whose place another of its size has taken.
+    So calls are first taken for equal if they are for the same thing too. Ranks that call it otherwise are not wrong: then their
+    sizes alone decide."""
     numbers: dict[Hashable, int] = {}
-    placed = [_with_places(codes[start:], all_done[start:], numbers) for codes, all_done in zip((odd, usual), done, strict=True)]
-    views = ((placed[0], placed[1]), (odd[start:], usual[start:]))
+    purposeful = [_with_purposes(codes, of_codes, numbers) for codes, of_codes in zip((odd, usual), done, strict=True)]
+    start, part = common_prefix(odd, usual), common_prefix(purposeful[0], purposeful[1])
+    if part < start:
+        divergence, gains = _best(part, ((purposeful[0][part:], purposeful[1][part:]),))
+        if divergence.explanation != "differs" and max(gains) > 0:
+            return _sharpen(divergence, *done)
+    divergence, gains = _best(start, ((purposeful[0][start:], purposeful[1][start:]), (odd[start:], usual[start:])))
+    return _sharpen(divergence if max(gains) > 0 else Divergence("differs", start), *done)
+
+
+def _with_purposes(codes: Codes, done: Sequence[Done], numbers: dict[Hashable, int]) -> Codes:
+    keys = ((code, _purposes(each)) for code, each in zip(codes.tolist(), done, strict=True))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.uint32)
+
+
+def _best(start: int, views: Sequence[tuple[Codes, Codes]]) -> tuple[Divergence, tuple[float, ...]]:
+    """The explanation that gains most in the first view; of equal ones, in the next."""
     candidates = [Divergence("swaps", start), Divergence("differs", start)]
     for count in range(1, MAX_SHIFT + 1):
         candidates += [Divergence("skips", start, count), Divergence("adds", start, count)]
     gains = {candidate: tuple(_gain(candidate, *view) for view in views) for candidate in candidates}
     best = max(candidates, key=lambda candidate: gains[candidate])  # the first of the best
-    return _sharpen(best if max(gains[best]) > 0 else Divergence("differs", start), *done)
-
-
-def _with_places(codes: Codes, done: Sequence[Done], numbers: dict[Hashable, int]) -> Codes:
-    keys = ((code, _place(each)) for code, each in zip(codes.tolist(), done, strict=True))
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.uint32)
+    return best, gains[best]
 
 
 def _gain(candidate: Divergence, a: Codes, b: Codes) -> float:
@@ -85,7 +95,12 @@ def _sharpen(divergence: Divergence, odd: Sequence[Done], usual: Sequence[Done])
 
 
 def _place(done: Done) -> Hashable:
-    return tuple((getattr(call, "what", ""), call.site) for call in done.calls)
+    return _purposes(done), tuple(sorted(call.site for call in done.calls))
+
+
+def _purposes(done: Done) -> Hashable:
+    # Sorted: of one batch, each end names what it receives first.
+    return tuple(sorted(getattr(call, "what", "") for call in done.calls))
 
 
 def _place_and_moment(done: Done) -> Hashable:

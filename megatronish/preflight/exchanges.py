@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from megatronish.preflight.align import Divergence, explain
 from megatronish.preflight.coding import CodedJob, Codes, Done, things_done
 from megatronish.preflight.findings import Collected, Finding
 
+Places = npt.NDArray[np.intp]
+
 
 class _End(NamedTuple):
-    """One rank of a pair, and the place of the other in their group."""
+    """One rank of a pair."""
 
     rank: int
-    peer: int
+    place: int
     program: int
-    weight: int
-    """Ranks of the job with the same messages to that place: an odd rank has few."""
+    peer: int = -1
+    """Place of the other."""
+    weight: tuple[int, int] = (0, 0)
+    """Ranks in the same place of such groups with the same messages to that peer, and minus the number of partners that disagree
+    with this one: what is odd has less."""
 
 
 def match_exchanges(coded: CodedJob, instances: Sequence[tuple[str, tuple[int, ...]]], collected: Collected) -> None:
     """Findings for every pair of every group whose messages do not meet."""
-    usage: Counter[tuple[str, int, int]] = Counter()
-    for log, programs in enumerate(coded.units):
-        for (group, peer), program in programs.items():
-            usage[group, peer, program] += coded.ranks_with[log]
-    sound: set[tuple[int, int]] = set()
+    pairs: defaultdict[tuple[str, int], set[tuple[int, int]]] = defaultdict(set)
+    """By group and its size: places that exchange messages in any instance of it."""
     for group, ranks in instances:
-        for low, high in _pairs(coded, group, ranks, collected):
+        pairs[group, len(ranks)] |= _pairs(coded, group, ranks, collected)
+    usage: Counter[tuple[str, int, int, int]] = Counter()
+    """(group, place, place of the partner, program) -> ranks; to have no messages is a program too."""
+    sound: set[tuple[int, int]] = set()
+    disputed: list[tuple[str, _End, _End]] = []
+    for group, ranks in instances:
+        for low, high in sorted(pairs[group, len(ranks)]):
             here, there = coded.unit_program(ranks[low], group, high), coded.unit_program(ranks[high], group, low)
+            usage[group, low, high, here] += 1
+            usage[group, high, low, there] += 1
             if (here, there) in sound:
                 continue
-            ends = (
-                _End(ranks[low], high, here, usage[group, high, here]),
-                _End(ranks[high], low, there, usage[group, low, there]),
-            )
-            found = _first_divergence(coded, group, ends)
-            if found is None:
-                sound.add((here, there))
+            if _differing(coded, here, there):
+                disputed.append((group, _End(ranks[low], low, here), _End(ranks[high], high, there)))
             else:
-                collected.add((group, low, high, found[0]), found[1])
+                sound.add((here, there))
+    disputes = Counter(end.rank for _, *ends in disputed for end in ends)
+    for group, low_end, high_end in disputed:
+        ends = [
+            end._replace(peer=other.place, weight=(usage[group, end.place, other.place, end.program], -disputes[end.rank]))
+            for end, other in ((low_end, high_end), (high_end, low_end))
+        ]
+        likeness, finding = _first_divergence(coded, group, (ends[0], ends[1]))
+        collected.add((group, low_end.place, high_end.place, likeness), finding)
 
 
-def _pairs(coded: CodedJob, group: str, ranks: tuple[int, ...], collected: Collected) -> list[tuple[int, int]]:
+def _pairs(coded: CodedJob, group: str, ranks: tuple[int, ...], collected: Collected) -> set[tuple[int, int]]:
     """Places that exchange messages, lower first."""
     pairs: set[tuple[int, int]] = set()
     for place, rank in enumerate(ranks):
@@ -59,31 +73,32 @@ def _pairs(coded: CodedJob, group: str, ranks: tuple[int, ...], collected: Colle
                 collected.add((group, place, peer), Finding("exchange", text, (rank,), group=group))
             else:
                 pairs.add((min(place, peer), max(place, peer)))
-    return sorted(pairs)
+    return pairs
 
 
-def _first_divergence(coded: CodedJob, group: str, ends: tuple[_End, _End]) -> tuple[Hashable, Finding] | None:
-    """What does not meet first, if anything.
+def _differing(coded: CodedJob, here: int, there: int) -> list[tuple[Places, Places]]:
+    """Of the units of two programs, those of a kind that are not each other's mirror images.
 
     Batches meet batches. Messages alone meet messages alone, each direction in its own order: both ends may send first."""
-    a, b = coded.mirror[coded.codes(ends[0].program)], coded.codes(ends[1].program)
+    a, b = coded.mirror[coded.codes(here)], coded.codes(there)
     if np.array_equal(a, b):
-        return None
+        return []
     is_batch = np.array([unit.is_batch for unit in coded.unit_table.items], dtype=bool)
     is_send = np.array([bool(unit.sends) for unit in coded.unit_table.items], dtype=bool)
+    kinds = (is_batch, ~is_batch & is_send, ~is_batch & ~is_send)
+    kept = [(np.flatnonzero(kind[a]), np.flatnonzero(kind[b])) for kind in kinds]
+    return [(ours, theirs) for ours, theirs in kept if not np.array_equal(a[ours], b[theirs])]
+
+
+def _first_divergence(coded: CodedJob, group: str, ends: tuple[_End, _End]) -> tuple[Hashable, Finding]:
+    """What does not meet first."""
+    a, b = coded.mirror[coded.codes(ends[0].program)], coded.codes(ends[1].program)
+    everything = [things_done(coded.job, coded.job.log_of[end.rank], group, end.peer) for end in ends]
     found = []
-    for keep in (is_batch, ~is_batch & is_send, ~is_batch & ~is_send):
-        ours, theirs = np.flatnonzero(keep[a]), np.flatnonzero(keep[b])
-        if not np.array_equal(a[ours], b[theirs]):
-            done = [
-                [everything[i] for i in kept]
-                for kept, everything in (
-                    (ours, things_done(coded.job, coded.job.log_of[ends[0].rank], group, ends[0].peer)),
-                    (theirs, things_done(coded.job, coded.job.log_of[ends[1].rank], group, ends[1].peer)),
-                )
-            ]
-            found.append(_describe(coded, group, ends, (a[ours], b[theirs]), (done[0], done[1])))
-    return min(found, key=lambda pair: pair[1].position, default=None)
+    for ours, theirs in _differing(coded, ends[0].program, ends[1].program):
+        done = [everything[0][i] for i in ours], [everything[1][i] for i in theirs]
+        found.append(_describe(coded, group, ends, (a[ours], b[theirs]), done))
+    return min(found, key=lambda pair: pair[1].position)
 
 
 def _describe(
@@ -94,7 +109,7 @@ def _describe(
     done: tuple[Sequence[Done], Sequence[Done]],
 ) -> tuple[Hashable, Finding]:
     name = coded.job.name
-    # The odd end is the one whose messages few ranks of the job have.
+    # The odd end is the one whose messages few ranks in its place have; else the one that others disagree with too.
     odd = 0 if ends[0].weight < ends[1].weight else 1
     usual = 1 - odd
     divergence = explain(codes[odd], codes[usual], (done[odd], done[usual]))

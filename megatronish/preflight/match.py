@@ -99,6 +99,8 @@ def _report_members(job: Job, instance: Instance, claimants: Sequence[int], coll
         text = f"{people(claimants, job.name)} opened {whole}"
         text += f", which {people(absent, job.name)} {verb(absent, 'is', 'are')} not in: " if absent else ", without being in it"
         text += _membership(job, absent[0], group) if absent else ""
+    if len(absent) == len(claimants):  # nobody is odd
+        culprits, others = tuple(sorted({*absent, *claimants})), ()
     places = tuple(ranks.index(rank) for rank in absent)
     collected.add((group, len(ranks), places, len(claimants)), Finding("members", text, culprits, others, group))
 

@@ -22,7 +22,7 @@ from megatronish.pipeline.schedules import Forward
 from megatronish.pipeline.stage import Stage
 from megatronish.trainer import Trainer
 from tests.parallel.parity import Case
-from tests.preflight.faults import CUBE, Patch, only, planted_in, trainer_at
+from tests.preflight.faults import CUBE, Patch, is_at, only, planted_in, trainer_at
 
 PIPELINE = Case(pp=4, dp=3, num_layers=4, num_microbatches=6, dtype="bfloat16")
 """Rank = 3 x pp + dp."""
@@ -66,7 +66,7 @@ def a_stage_of_one_replica_runs_a_microbatch_fewer() -> Patch:
     return _one_microbatch_fewer(trainer_at(pp=1, dp=1))
 
 
-@planted_in(PIPELINE, *range(6), says=("rank 3 [pp1 dp0 tp0]", "(dry batch"), kind="left over")
+@planted_in(PIPELINE, *(3, 4, 5), says=("rank 3 [pp1 dp0 tp0]", "(dry batch", "and 2 more groups like it"), kind="left over")
 def a_stage_runs_a_microbatch_fewer_on_every_replica() -> Patch:
     return _one_microbatch_fewer(trainer_at(pp=1))
 
@@ -116,7 +116,13 @@ def both_ends_send_before_they_receive() -> Patch:
     return exchanging(lambda self: True, _one_by_one(waits_between=False))
 
 
-@planted_in(TWO_STAGES, *(0, 3), says=("the wait for its last call on pp", "waits for", "hangs under", "gloo"), kind="hang")
+@planted_in(
+    TWO_STAGES,
+    *(0, 3),
+    says=("waits for rank 3 [pp1 dp0 tp0]", "hangs under one at a time, nccl, gloo"),
+    kind="hang",
+    also_on_cpu=True,
+)
 def the_host_waits_between_the_halves_of_an_exchange() -> Patch:
     return exchanging(lambda self: True, _one_by_one(waits_between=True))
 
@@ -125,12 +131,14 @@ def _changed(change: Callable[[list[Parcel], list[Parcel]], None]) -> Exchanges:
     def instead(*, sends: Sequence[Parcel], receives: Sequence[Parcel], **named: Any) -> PendingExchange:
         ours, theirs = list(sends), list(receives)
         change(ours, theirs)
+        if not ours and not theirs:
+            return PendingExchange([], [])
         return start_exchange(sends=ours, receives=theirs, **named)
 
     return instead
 
 
-@planted_in(TWO_STAGES, 4, says=("rank 4 [pp1 dp1 tp0]", "activation 1 of part 0", "(dry batch exchange)"), kind="exchange")
+@planted_in(TWO_STAGES, 4, says=("rank 4 [pp1 dp1 tp0]", "activation 1 of part 0", "(dry batch exchange)"), kind="left over")
 def a_receive_is_missing_on_one_rank() -> Patch:
     def change(sends: list[Parcel], receives: list[Parcel]) -> None:
         receives[:] = [parcel for parcel in receives if parcel.what != "activation 1 of part 0"]
@@ -168,32 +176,33 @@ def an_exchange_goes_to_the_wrong_peer() -> Patch:
     return exchanging(trainer_at(pp=1, dp=1), instead)
 
 
-def _other_activation(**change: Any) -> Patch:
+@planted_in(
+    TWO_STAGES, 4, says=("rank 4 [pp1 dp1 tp0]", "send of 512 x bfloat16 on pp", "receive of 1,024 x bfloat16"), kind="exchange"
+)
+def one_rank_sends_half_of_a_gradient() -> Patch:
+    def change(sends: list[Parcel], receives: list[Parcel]) -> None:
+        sends[:] = [parcel._replace(tensor=parcel.tensor[: len(parcel.tensor) // 2]) for parcel in sends]
+
+    return exchanging(trainer_at(pp=1, dp=1), _changed(change))
+
+
+@planted_in(TWO_STAGES, 4, says=("rank 4 [pp1 dp1 tp0] does receive of", "x float32 on pp", "x bfloat16 on pp"), kind="exchange")
+def one_rank_expects_activations_in_another_dtype() -> Patch:
     real = assemble.build_pipeline
 
     def faulty(config: Config, mesh: Mesh, model: Any) -> Any:
         pipeline = real(config, mesh, model)
-        if mesh.index("pp") == 1 and mesh.index("dp") == 1:
-            pipeline.activation = replace(pipeline.activation, **change)
+        if is_at(mesh.groups, pp=1, dp=1):
+            pipeline.activation = replace(pipeline.activation, dtype=torch.float32)
         return pipeline
 
     return assemble, "build_pipeline", faulty
 
 
-@planted_in(TWO_STAGES, 4, says=("rank 4 [pp1 dp1 tp0] does receive of 2,048 x", "send of 1,024 x bfloat16 on pp"), kind="exchange")
-def one_rank_expects_activations_of_another_size() -> Patch:
-    return _other_activation(shape=(32, 2, 32))
-
-
-@planted_in(TWO_STAGES, 4, says=("rank 4 [pp1 dp1 tp0] does receive of", "x float32 on pp", "x bfloat16 on pp"), kind="exchange")
-def one_rank_expects_activations_in_another_dtype() -> Patch:
-    return _other_activation(dtype=torch.float32)
-
-
 @planted_in(
     replace(CUBE, num_layers=4, schedule=("interleaved", 2)),
     *(4, 5),
-    says=("rank 4 [pp0 dp2 tp0]", "of part 0"),
+    says=("rank 4 [pp0 dp2 tp0]", "of part 0", "(dry batch exchange)"),
     kind="exchange",
 )
 def one_replica_of_a_stage_has_another_schedule() -> Patch:
@@ -218,6 +227,20 @@ def one_replica_evaluates_fewer_microbatches() -> Patch:
 
 MANY = replace(CUBE, dp=1, tp=4, num_microbatches=8)
 """Rank = 4 x pp + tp."""
+
+
+@planted_in(
+    TWO_STAGES,
+    4,
+    says=("rank 4 [pp1 dp1 tp0] has one more: all_reduce (sum) of 1", "on pp, a call past megatronish/comm", "step 2)"),
+)
+def one_rank_calls_torch_distributed_itself_among_messages() -> Patch:
+    def faulty(real: Any, self: Trainer, step: int) -> Any:
+        if step == 2:
+            dist.all_reduce(torch.zeros(1, device=self.mesh.device), group=self.mesh.groups["pp"].handle)
+        return real(self, step)
+
+    return only(Trainer, "train_step", trainer_at(pp=1, dp=1), faulty)
 
 
 def _one_more_call(group: Group) -> None:
