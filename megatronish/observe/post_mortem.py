@@ -117,7 +117,8 @@ class PostMortem:
             signal.set_wakeup_fd(descriptor)
             # A late signal must not end a process that is about to end well.
             signal.signal(SIGNAL, signal.SIG_IGN if handler == signal.SIG_DFL else handler)
-        os.write(self._wake_write, b"\0")
+        with contextlib.suppress(BlockingIOError):  # full of signals: the thread wakes up in any case
+            os.write(self._wake_write, b"\0")
         self._thread.join(timeout=10.0)
         if isinstance(error, Exception) and not exit_code_of(error):
             self.write("crash", error=error)
@@ -181,13 +182,15 @@ class PostMortem:
             if SIGNAL in signals:
                 path = self.write("signal")
                 logging.getLogger("megatronish").info("%s: wrote %s", SIGNAL.name, path)
-            self._look()
+            with contextlib.suppress(OSError):  # a disk that fails for a moment must not end the watch
+                self._look()
         if self._stacks is not None:
             faulthandler.cancel_dump_traceback_later()
             if self._enabled_faulthandler:
                 faulthandler.disable()
-            if not os.fstat(self._stacks.fileno()).st_size:
-                Path(self._stacks.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if not os.fstat(self._stacks.fileno()).st_size:
+                    Path(self._stacks.name).unlink(missing_ok=True)
 
     def _announce(self) -> None:
         """Once the run's folder is there: who this is, and a file for faulthandler."""

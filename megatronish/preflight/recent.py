@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from megatronish.comm.history import Call, Channel, Moment, channel_of
-from megatronish.preflight.coding import Done, Message, Table
+from megatronish.preflight.coding import Done, Table, message_of
 from megatronish.preflight.divergence import Numbered, divergences
 from megatronish.preflight.dumps import Dump, Evidence, mirrored
 from megatronish.preflight.findings import Finding
@@ -100,9 +100,7 @@ def _of_messages(evidence: Evidence) -> Iterator[Disagreement]:
                 continue
             theirs = mirrored(channel, ranks.index(rank))
             rows = {rank: _on(dump, channel), peer.rank: _on(peer, theirs)}
-            signature = {
-                key: [Message(call.num_elements, call.dtype, call.tag) for _, call, _ in found] for key, found in rows.items()
-            }
+            signature = {key: [message_of(call) for _, call, _ in found] for key, found in rows.items()}
             counts = {rank: dump.counts.get(channel, 0), peer.rank: peer.counts.get(theirs, 0)}
             yield from _compared(evidence, channel.group, rows, signature, counts)
 

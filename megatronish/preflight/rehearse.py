@@ -30,6 +30,10 @@ from megatronish.train import Datasets, Surroundings, run_facts, run_training
 LOG = logging.getLogger("megatronish.rehearsal")
 
 
+Groups = Mapping[str, tuple[int, ...]]
+"""Global ranks of each group of a rank, in the order of places."""
+
+
 @dataclass(frozen=True)
 class Rehearsal:
     """What one rank did."""
@@ -37,8 +41,7 @@ class Rehearsal:
     log: Log
     calls: list[Intercepted]
     """As a backend saw them; without those of microbatches that did not run."""
-    groups: Mapping[str, tuple[int, ...]]
-    """Global ranks of each of its groups, in the order of places."""
+    groups: Groups
     questions: Questions
     num_run: int
     """Forwards and backwards of microbatches."""
@@ -100,11 +103,7 @@ class Hooks:
 
 def play(config: Config, rank: int, world_size: int, *, device: torch.device, device_kind: str, hooks: Hooks = Hooks()) -> None:
     """What `train.main` does once it has connected, with synthetic data, and keeping no file."""
-    with phase("agree"):
-        datasets = synthetic_datasets(config)
-        require_agreement(run_facts(config, datasets), world=world_group(device_kind=device_kind), device=device)
-    with phase("connect"):
-        mesh = hooks.watch(build_mesh(mesh_shape(config, world_size), rank, device=device, device_kind=device_kind))
+    datasets, mesh = _meet(config, rank, world_size, device=device, device_kind=device_kind)
     nowhere = RunFolder(Path("/nonexistent/rehearsal"))
     around = Surroundings(
         nowhere,
@@ -115,4 +114,25 @@ def play(config: Config, rank: int, world_size: int, *, device: torch.device, de
         device_copy=partial(Tensor.to, device=device),
         adapt=hooks.adapt,
     )
-    run_training(config, mesh, datasets, around)
+    run_training(config, hooks.watch(mesh), datasets, around)
+
+
+def _meet(config: Config, rank: int, world_size: int, *, device: torch.device, device_kind: str) -> tuple[Datasets, Mesh]:
+    """The phases of MEETING, in which a rank has no coordinates yet that can be asked."""
+    with phase("agree"):
+        datasets = synthetic_datasets(config)
+        require_agreement(run_facts(config, datasets), world=world_group(device_kind=device_kind), device=device)
+    with phase("connect"):
+        mesh = build_mesh(mesh_shape(config, world_size), rank, device=device, device_kind=device_kind)
+    return datasets, mesh
+
+
+MEETING = ("agree", "connect")
+
+
+def rehearse_meeting(config: Config, *, rank: int, world_size: int, device_kind: str) -> tuple[Log, Groups]:
+    """The log of the phases of MEETING alone, and the groups that were made: what every rank runs."""
+    history = LogHistory()
+    with rehearsed_world(rank, world_size, Recorder(history=history)):
+        _meet(config, rank, world_size, device=torch.device("meta"), device_kind=device_kind)
+    return history.log(), dict(history.groups)

@@ -6,12 +6,14 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import torch
 
-from megatronish.preflight.classes import Groups, PartOfJob, Plan, ranks_of_stage, rehearse_part
+from megatronish.preflight.classes import PartOfJob, Plan, RankFailed, ranks_of_stage, rehearse_part
 from megatronish.preflight.job import Job, Log, Span
+from megatronish.preflight.rehearse import Groups
 from megatronish.remember import remember_from_now_on, remembering
 
 PRELOAD = ("torch", "torch.distributed", "megatronish.preflight.preload")
@@ -65,6 +67,11 @@ def rehearse_job(plan: Plan, *, processes: int | None = None, progress: Callable
             for future in as_completed(futures):
                 joined.add(part := future.result())
                 tell(part)
+        except BrokenProcessPool as error:
+            raise RankFailed(
+                "a process of the rehearsal was ended from outside, perhaps for its memory: "
+                f"try --processes {max(1, processes // 2)}"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

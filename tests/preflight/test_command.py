@@ -53,6 +53,8 @@ def test_a_job_that_would_hang_ends_with_1_and_names_the_call(
 
     monkeypatch.setattr(Trainer, "join_scalars", faulty)
     options = Options(world=8, out=tmp_path / "out", processes=1, json_file=tmp_path / "out.json")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "certificate.json").write_text("what an earlier rehearsal said")
     assert main(str(write_run(tmp_path)), list(THREE_D), options) == 1
     said = capsys.readouterr().out
     assert "NOT SOUND" in said and "loss and gradient norm" in said and "trainer.py" in said

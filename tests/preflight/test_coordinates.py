@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatronish.parallel.mesh import MeshShape
-from megatronish.preflight.classes import Plan, corners, ranks_of_stage, renamed
+from megatronish.preflight.classes import Plan, corners, ranks_of_stage
 from megatronish.preflight.coordinates import Coordinate, Questions
 from megatronish.preflight.rehearse_job import RehearsedJob, rehearse_job
 from megatronish.trainer import Trainer
@@ -19,7 +19,7 @@ from tests.parallel.parity import Case
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatronish"
 READ = re.compile(
-    r"mesh\.rank$|mesh\.index\(|(group|groups\[[^]]*\]|\bdp|\btp|world)\.index$|\.is_(first|last)_stage$|shape\.coordinates\(|mesh\.describe\("
+    r"mesh\.rank$|mesh\.index\(|(group|groups\[[^]]*\]|\bdp|\btp|world)\.(index|ranks)$|get_rank|\.is_(first|last)_stage$|shape\.coordinates\(|mesh\.describe\("
 )
 PLACES = {
     # One rank writes files and speaks.
@@ -85,6 +85,12 @@ def coordinate(value: int, questions: Questions) -> Coordinate:
     return Coordinate(value, lambda at: at["dp"], "dp", questions)
 
 
+def test_a_question_that_cannot_be_asked_of_another_rank_sets_it_apart() -> None:
+    questions = Questions()
+    assert 10 // coordinate(1, questions) > 3
+    assert [dp for dp in range(8) if questions.same_answers({"dp": dp})] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("ask", "alike"),
     [
@@ -96,7 +102,18 @@ def coordinate(value: int, questions: Questions) -> Coordinate:
         (lambda dp: dp in (2, 4), [0, 1, 3, 5, 6, 7]),
         (lambda dp: min(dp, 3), [0, 1, 2, 3]),  # is 3 less?
         (lambda dp: bool(dp - 2), [0, 1, 3, 4, 5, 6, 7]),
+        (lambda dp: dp < 7 / 2, [0, 1, 2, 3]),
+        (lambda dp: dp == 5.0, [0, 1, 2, 3, 4, 6, 7]),
+        # What cannot be followed sets the rank apart.
         (lambda dp: {0: "a"}.get(dp), [0]),
+        (lambda dp: {5: "a"}.get(dp), [0]),
+        (lambda dp: dp in {2, 5}, [0]),
+        (lambda dp: dp & 1, [0]),
+        (lambda dp: dp >> 1 == 2, [0]),
+        (lambda dp: -dp == -5, [0]),
+        (lambda dp: abs(dp - 3) < 2, [0]),
+        (lambda dp: dp / 2 < 1, [0]),
+        (lambda dp: float(dp), [0]),
         (lambda dp: list(range(8))[dp], range(8)),  # data: followed no further
     ],
 )
@@ -127,6 +144,20 @@ def test_inferred_ranks_do_what_they_do_when_they_run(case: Case) -> None:
         assert list(usual.job.log(rank).events()) == list(full.job.log(rank).events()), f"rank {rank}"
 
 
+def test_corners_that_contradict_each_other_make_every_rank_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinate that became data decides: nobody asked."""
+    count = Trainer.count_targets
+
+    def faulty(self: Trainer, batch: Any) -> Any:
+        for _ in [0] * (self.mesh.index("dp") * 1 // 3):
+            count(self, batch)
+        return count(self, batch)
+
+    monkeypatch.setattr(Trainer, "count_targets", faulty)
+    usual = rehearsed(Case(tp=2, dp=7, dtype="float32"), every_rank=False)
+    assert len(usual.ran) == 14
+
+
 def test_first_inner_and_last_ranks_run_in_any_case() -> None:
     shape = MeshShape(pp=5, dp=4, tp=8)
     assert len(corners(shape, 0)) == len(corners(shape, 2)) == len(corners(shape, 4)) == 9
@@ -135,19 +166,6 @@ def test_first_inner_and_last_ranks_run_in_any_case() -> None:
         assert {(each["dp"], each["tp"]) for each in at} >= {(0, 0), (1, 1), (3, 7)}
         assert {each["pp"] for each in at} == {stage}
         assert len(ranks_of_stage(shape, stage)) == 32
-
-
-def test_groups_are_renamed_axis_by_axis() -> None:
-    shape = MeshShape(pp=3, dp=4, tp=2)
-    first, other = shape.rank_of({"pp": 0, "dp": 1, "tp": 0}), shape.rank_of({"pp": 0, "dp": 3, "tp": 1})
-    ends = tuple(sorted({shape.ranks_along("pp", first)[0], shape.ranks_along("pp", first)[-1]}))
-    groups = {"tp": shape.ranks_along("tp", first), "dp": shape.ranks_along("dp", first), "ends": ends, "world": tuple(range(24))}
-    assert renamed(groups, first, other, shape) == {
-        "tp": shape.ranks_along("tp", other),
-        "dp": shape.ranks_along("dp", other),
-        "ends": (shape.ranks_along("pp", other)[0], shape.ranks_along("pp", other)[-1]),
-        "world": tuple(range(24)),
-    }
 
 
 def test_a_rank_that_a_question_sets_apart_runs(monkeypatch: pytest.MonkeyPatch) -> None:
