@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/installed.stamp
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
-.PHONY: setup test lint parity demo
+.PHONY: setup test lint parity full-width demo
 
 setup: $(STAMP)
 
@@ -25,6 +25,9 @@ test: lint
 
 parity: setup
 	$(VENV)/bin/python -m pytest -m parity_all
+
+full-width: setup
+	$(VENV)/bin/python -m pytest -m full_width
 
 demo: setup
 	$(VENV)/bin/python -m megatronish.demo

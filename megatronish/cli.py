@@ -6,6 +6,7 @@ A UserError is one `error:` line a problem on stderr and exit code 2; a run that
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,6 +86,8 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Processes = No
 
     Example: megatronish train configs/demo_cpu.yaml train.steps=20 --nproc 8
     """
+    # Until the rank listens (observe/post_mortem.py), seconds from now: SIGUSR2 would end the process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     _finish(importlib.import_module("megatronish.train").main(str(config), overrides or [], nproc))
 
 
@@ -199,6 +202,19 @@ def generate(
         json_file=json_file,
     )
     _finish(command.run(options, nproc))
+
+
+@app.command("why-hung")
+def why_hung(run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")]) -> None:
+    """Which rank holds up a job that hangs, in which call, at which line, and who waits for whom; or which one failed first.
+
+    Reads RUN/post_mortem/, where every rank writes its last calls and its stacks: when it has communicated nothing for
+    observe.hang_seconds, when it fails, and on SIGUSR2 (kill -USR2 of `megatronish train`; scancel --signal=USR2 JOB). A rank that
+    cannot write is evidence too. Exit code 1: nobody can be named, for example since the job is only slow.
+
+    Example: megatronish why-hung runs/demo_cpu
+    """
+    _finish(importlib.import_module("megatronish.preflight.why_hung").main(run))
 
 
 @app.command("export")

@@ -260,6 +260,9 @@ class ObserveConfig(Section):
     """What the samples begin with; needs data.tokenizer."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
     """First and last step of a profile, written to RUN/profile/ as a Chrome trace for each rank."""
+    hang_seconds: NonNegativeFloat = 300.0
+    """A rank that communicates nothing for so long writes RUN/post_mortem/, for `megatronish why-hung`; 0: only on SIGUSR2 or an
+    error. Collectives end by themselves after 600 s."""
     memory_snapshot_step: PositiveInt | None = None
     """After this step each rank on a GPU writes its allocator's history to RUN/profile/."""
     wandb_project: Text | None = None

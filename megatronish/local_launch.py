@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
+import threading
 import uuid
+from pathlib import Path
 
 from megatronish.errors import UserError
 from megatronish.parallel.rendezvous import ALONE, Place
@@ -39,6 +42,7 @@ def run_local(arguments: list[str], nproc: int) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    pass_on_requests()
     try:
         elastic_launch(config, sys.executable)("-m", "megatronish", *arguments)
     except ChildFailedError as error:
@@ -52,6 +56,31 @@ def run_local(arguments: list[str], nproc: int) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def pass_on_requests() -> None:
+    """In the launcher: SIGUSR2, which asks a rank what it is doing (`observe/post_mortem.py`), goes on to all ranks. Processes
+    started from here hold it back until they listen: by default it would end them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+
+    def pass_on() -> None:
+        while True:
+            signal.sigwait({signal.SIGUSR2})
+            for pid in children_of(os.getpid()):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGUSR2)
+
+    threading.Thread(target=pass_on, name="pass on requests", daemon=True).start()
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that `pid` has started; none where there is no /proc."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if int(file.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(file.parent.name))
+    return found
 
 
 def must_launch(place: Place, nproc: int | None) -> bool:

@@ -22,6 +22,12 @@ def remembering() -> Iterator[None]:
         _results = before
 
 
+def remember_from_now_on() -> None:
+    """As `remembering`, until the process ends."""
+    global _results
+    _results = {}
+
+
 def remembered(function: F) -> F:
     """Mark a function whose result depends on its (hashable) arguments alone, and is never changed by who gets it."""
 
@@ -29,6 +35,8 @@ def remembered(function: F) -> F:
     def call(*arguments: Any) -> Any:
         if _results is None:
             return function(*arguments)
+        # A number that remembers what it was asked (preflight/coordinates.py) must not get the answer of another rank's.
+        assert not any(isinstance(a, int) and type(a) not in (int, bool) for a in arguments), arguments
         key = (function, arguments)
         if key not in _results:
             _results[key] = function(*arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from megatronish.config import Config
 from megatronish.data.gpt_dataset import TokenDataset, TrainingDataset
 from megatronish.data.open import open_sets
 from megatronish.data.tokenizer import load_tokenizer
+from megatronish.errors import Problems
 from megatronish.observe.wandb_run import require_wandb
 from megatronish.run_folder import RunFolder
 from megatronish.text_measure import TextMeasure
@@ -37,19 +39,29 @@ class Datasets:
 
 
 def open_datasets(config: Config) -> Datasets:
-    """Open both sets; UserError if they do not fit the config, or if a package that it needs is not installed."""
+    """Open both sets; UserError, a line a problem, if they do not fit the config or a package that it needs is missing."""
     require_wandb(config.observe.wandb_project)
-    data = config.data
+    data, problems = config.data, Problems()
     num_samples = config.batch_schedule.consumed_after(config.num_steps)
-    train, validation = open_sets(config, num_samples=num_samples, cache=RunFolder.of(config).path / "order")
-    measure = tokenizer = None
-    if data.tokenizer is not None:
-        measure = TextMeasure.load(data.tokenizer, vocab_size=config.model.vocab_size)
-        sources = [data.train] if isinstance(data.train, str) else [source.prefix for source in data.train]
-        for prefix in (*sources, *([data.validation] if data.validation else [])):
-            measure.check_made(prefix)
-        tokenizer = load_tokenizer(data.tokenizer) if config.observe.sample_interval else None
+    cache = RunFolder.of(config).path / "order"
+    train, validation = open_sets(config, num_samples=num_samples, cache=cache, problems=problems)
+    measure = problems.attempt("data.tokenizer", partial(_open_measure, config))
+    problems.raise_all()
+    assert train is not None
+    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer is not None and config.observe.sample_interval else None
     return Datasets(train, validation, measure, tokenizer)
+
+
+def _open_measure(config: Config) -> TextMeasure | None:
+    """UserError unless the tokenizer is the one that made the sets, and the model knows all its tokens."""
+    data = config.data
+    if data.tokenizer is None:
+        return None
+    measure = TextMeasure.load(data.tokenizer, vocab_size=config.model.vocab_size)
+    sources = [data.train] if isinstance(data.train, str) else [source.prefix for source in data.train]
+    for prefix in (*sources, *([data.validation] if data.validation else [])):
+        measure.check_made(prefix)
+    return measure
 
 
 @dataclass(frozen=True)

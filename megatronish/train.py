@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
 from megatronish.observe.log import setup_logging
 from megatronish.observe.metrics import MetricsWriter, cut_rows
+from megatronish.observe.post_mortem import PostMortem, Who
 from megatronish.observe.progress import TrainingProgress
 from megatronish.observe.wandb_run import WandbRun
 from megatronish.parallel.mesh import Mesh, build_mesh
@@ -52,13 +54,21 @@ def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
         guard.run_folder = folder.path
         streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
         datasets = open_datasets(config)
-        device = connect(place)
-        world = world_group(device_kind=device.type)
-        require_agreement(run_facts(config, datasets), world=world, device=device)
-        mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
-        train_in_folder(config, mesh, datasets, place)
-        disconnect()
+        with listening_post(config, folder, place):
+            device = connect(place)
+            world = world_group(device_kind=device.type)
+            require_agreement(run_facts(config, datasets), world=world, device=device)
+            mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
+            train_in_folder(config, mesh, datasets, place)
+            disconnect()
     return 0
+
+
+def listening_post(config: Config, folder: RunFolder, place: Place) -> PostMortem:
+    """Context manager: a rank that hangs or fails leaves what `megatronish why-hung` reads."""
+    shape = mesh_shape(config, place.world_size)
+    who = Who(place.rank, place.world_size, asdict(shape), shape.describe(place.rank), launch=f"{place.run_id}/{place.restart}")
+    return PostMortem(folder.path, who, hang_seconds=config.observe.hang_seconds)
 
 
 def train_in_folder(config: Config, mesh: Mesh, datasets: Datasets, place: Place) -> None:

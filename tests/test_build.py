@@ -224,3 +224,33 @@ def test_building_needs_no_torch() -> None:
     assert "torch" not in (ROOT / "pyproject.toml").read_text().split("[project]")[0].split("requires =")[1]
     for source in (ROOT / "csrc").rglob("*.*"):
         assert "torch/" not in source.read_text(), source
+
+
+def test_without_a_compiler_the_package_builds_and_says_that_it_runs_in_python(tmp_path: Path) -> None:
+    source, built = tmp_path / "source", tmp_path / "built"
+    native_files = shutil.ignore_patterns("*.so", "native_build.json", "__pycache__")
+    for folder in ("megatronish", "csrc"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=native_files)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    # pybind11 is there while pip builds, and in no environment that it installs into; without a compiler its headers are not read.
+    (source / "pybind11.py").write_text("def get_include():\n    return '/nonexistent'\n")
+    environment = {"PATH": "/nonexistent", "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "MEGATRONISH_CUDA": "0"}
+    build = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", str(built)],
+        cwd=source,
+        env=environment | {"PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+    )
+    assert build.returncode == 0, build.stderr
+    assert not list(built.rglob("*.so"))
+    # The finder of an editable installation would lend the checkout's own modules to a package that lacks them.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]; from megatronish import native as n"
+    command = [sys.executable, "-c", f"{code}; print(n.__file__); print(n.describe())"]
+    described = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True)
+    assert described.returncode == 0, described.stderr
+    file, cpu, cuda = described.stdout.splitlines()
+    assert Path(file).is_relative_to(built)
+    assert "in Python (not built: " in cpu and "c++" in cpu
+    assert "in Python (not built: MEGATRONISH_CUDA=0)" in cuda

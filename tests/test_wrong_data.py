@@ -114,6 +114,17 @@ def test_a_mistake_in_a_set_ends_training_before_it_begins(name, folder, monkeyp
     spoil(folder)
     error = run(["train", str(folder / "run.yaml"), *overrides, "--nproc", "2"], monkeypatch, capsys)
     check_line(error, message)
+    assert re.search(r"data\.|model\.", error), "the key to change"
+
+
+def test_sets_and_tokenizer_that_are_wrong_at_once_are_a_line_each_under_their_keys(folder, monkeypatch, capsys):
+    (folder / "tokenizer.json").write_text("{}")
+    overrides = ["data.train=[{prefix: a, weight: 1}, {prefix: b, weight: 1}]", "data.validation=c"]
+    for command in (["train", "--nproc", "2"], ["train"]):
+        error = run([command[0], str(folder / "run.yaml"), *overrides, *command[1:]], monkeypatch, capsys)
+        keys = ["data.validation", "data.train.0.prefix", "data.train.1.prefix", "data.tokenizer"]
+        assert [line.removeprefix("error: ").split(": ")[0] for line in error.splitlines()] == keys
+        assert "c: no such set" in error and "b: no such set" in error and "tokenizer.json: not a tokenizer.json" in error
 
 
 def test_two_mistakes_give_two_lines(folder, monkeypatch, capsys):

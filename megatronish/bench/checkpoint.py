@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import torch
 import torch.distributed.checkpoint as peer
 
 from megatronish import __version__
-from megatronish.bench.workers import Workers, free_port, processor_name
+from megatronish.bench.workers import Workers, free_port, processor_name, scratch_folder
 from megatronish.checkpoint import BackgroundSaver, FileStorage, Piece, SaveJob, newest_loadable, save_checkpoint, whole_box
 from megatronish.comm import barrier, streams
 from megatronish.comm.groups import world_group
@@ -188,8 +187,12 @@ def _serve(commands: Connection, bench: CheckpointBench, rank: int, port: int, r
 def measure(bench: CheckpointBench, on_round: Callable[[int], None] = lambda number: None) -> dict[str, Any]:
     """Run the bench. Seconds of a round are the slowest rank's; the table holds medians over rounds, and ratios of medians."""
     seconds: dict[str, list[float]] = {name: [] for name in (*SAVES, *LOADS)}
-    bench.folder.mkdir(parents=True, exist_ok=True)
-    root = tempfile.mkdtemp(prefix="bench-checkpoint-", dir=bench.folder)
+    with scratch_folder(bench.folder, "--folder") as root:
+        _interleave(bench, str(root), seconds, on_round)
+    return _summary(bench, seconds)
+
+
+def _interleave(bench: CheckpointBench, root: str, seconds: dict[str, list[float]], on_round: Callable[[int], None]) -> None:
     workers, port = Workers("checkpoint bench"), free_port()
     try:
         for rank in range(bench.num_ranks):
@@ -205,8 +208,6 @@ def measure(bench: CheckpointBench, on_round: Callable[[int], None] = lambda num
                     on_round(number)
     finally:
         workers.stop()
-        shutil.rmtree(root, ignore_errors=True)
-    return _summary(bench, seconds)
 
 
 def _summary(bench: CheckpointBench, seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -31,6 +31,45 @@ JsonFile = Annotated[Path | None, typer.Option("--json", callback=_writable, hel
 
 
 @app.command()
+def preflight(
+    config: ConfigFile = Path("configs/gpt3_175b.yaml"),
+    overrides: Overrides = None,
+    in_full: Annotated[bool, typer.Option("--in-full", help="Rehearse every rank and microbatch too, and compare.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Seconds of a rehearsal of all ranks; with --in-full, whether what it inferred is what running everything gives (exit code 1
+    if not).
+
+    Example: megatronish bench preflight configs/gpt3_175b.yaml model.num_layers=8 --in-full
+    """
+    from rich.progress import Progress
+
+    measure = importlib.import_module("megatronish.bench.preflight").measure
+    loaded = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [])
+    parallel = loaded.parallel
+    world = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("ranks", total=world * (2 if in_full else 1))
+        result = measure(loaded, world, in_full=in_full, tell=lambda part: progress.advance(task, len(part.log_of)))
+    full = result.get("in_full")
+    ran, inferred, seconds = result["ranks_run"], result["ranks_inferred"], result["rehearse_seconds"]
+    typer.echo(
+        f"{result['config']}, {result['layers']} layers, {world:,} ranks: {ran:,} run + {inferred:,} inferred in {seconds:.1f} s, "
+        f"{result['calls']:,} calls matched in {result['match_seconds']:.1f} s"
+    )
+    if full is not None:
+        verdict = "equal" if full["equal"] else "NOT EQUAL"
+        typer.echo(
+            f"in full: {full['ranks_run']:,} ranks, {full['passes_run']:,} microbatch passes in {full['rehearse_seconds']:.1f} s; "
+            f"logs of all ranks {verdict}"
+        )
+    if json_file is not None:
+        write_json(json_file, result)
+    if not result["sound"] or (full is not None and not full["equal"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def step(
     config: ConfigFile = Path("configs/demo_cpu.yaml"),
     overrides: Overrides = None,
@@ -109,24 +148,24 @@ def data(
     megabytes: Annotated[int, typer.Option(min=1, help="Text that is tokenized in a round, in MB.")] = 64,
     workers: Annotated[int, typer.Option(min=1, help="Processes that encode, for both variants.")] = 2,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json; by default one is learned from the text.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where files go, some hundred MB. Default: a temporary folder.")] = None,
+    folder: Annotated[Path, typer.Option(help="On the disk to measure; what is written there is removed.")] = Path("runs"),
+    memory: Annotated[Path, typer.Option(help="On a file system in memory; the files there are removed.")] = Path("/dev/shm"),
     json_file: JsonFile = None,
 ) -> None:
     """Read samples, write token files and tokenize text against megatron-core, in one interleaved run; the files must be equal.
 
     Example: megatronish bench data --rounds 5 --json data.json
     """
-    import tempfile
-
     from rich.console import Console
     from rich.progress import Progress
 
     bench: Any = importlib.import_module("megatronish.bench.data")
-    with tempfile.TemporaryDirectory() as temporary, Progress(transient=True) as progress:
+    scratch = importlib.import_module("megatronish.bench.workers").scratch_folder
+    with scratch(folder, "--folder") as disk, scratch(memory, "--memory") as shm, Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=rounds)
-        sizes = bench.DataBench(folder or Path(temporary), rounds, samples, tokens, megabytes, workers, tokenizer)
+        sizes = bench.DataBench(disk, shm, rounds, samples, tokens, megabytes, workers, tokenizer)
         result = bench.measure(sizes, lambda number: progress.update(task, completed=number + 1))
-    Console().print(bench.render(result))
+    Console(width=132).print(bench.render(result))
     if json_file is not None:
         write_json(json_file, result)
 
@@ -158,6 +197,29 @@ def pipeline(
     _print_pipeline(results)
     if json_file is not None:
         write_json(json_file, results)
+
+
+@app.command()
+def history(
+    config: ConfigFile = Path("configs/demo_cpu.yaml"),
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Local CPU processes of the layout.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps that are measured; medians are reported.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """What it costs that every rank keeps its last calls for `megatronish why-hung`, as a share of a step.
+
+    Example: megatronish bench history configs/demo_cpu.yaml --nproc 8
+    """
+    bench: Any = importlib.import_module("megatronish.bench.history")
+    loaded = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [], world_size=nproc)
+    result = bench.measure(loaded, nproc, rounds)
+    typer.echo(
+        f"{result['microseconds_a_record']:.2f} us a record x {result['records_a_step']:.0f} records a step of "
+        f"{result['cpu_seconds_a_step']:.2f} CPU s on each of {nproc} ranks = {result['share_of_a_step']:.3%} ({result['device']})"
+    )
+    if json_file is not None:
+        write_json(json_file, result)
 
 
 def _print_pipeline(results: list[dict[str, Any]]) -> None:

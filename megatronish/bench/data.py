@@ -3,6 +3,9 @@
 The peers are imported: GPTDataset, IndexedDatasetBuilder. Megatron's preprocessing is a script that no package holds, so its
 pipeline is put together from the same parts: a pool of processes that parse a JSON line and encode it with the tokenizers library,
 and a parent that feeds lists of ids to the builder.
+
+Token files are written twice: to memory, where the program's own work is all there is, and to the disk, durably, beside the bare
+disk's rate for the same bytes. No writer is faster than that, so on a slow disk the ratio tends to 1.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatronish.batch_schedule import BatchSchedule, Stage
+from megatronish.checkpoint.durable import write_all
 from megatronish.data.corpus import standard_library
 from megatronish.data.gpt_dataset import GPTDataset
 from megatronish.data.indexed_writer import IndexedDatasetWriter, token_dtype
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SEQUENCE_LENGTH = 2048
+LIMIT = "the disk"
 _VOCAB = 50_257
 _DOCUMENT_TOKENS = 700  # on average
 _BATCH = 32  # a rank's samples of a step
@@ -49,7 +54,9 @@ class DataBench:
     """What is measured."""
 
     folder: Path
-    """For files of some hundred MB."""
+    """On the disk to measure, for files of some hundred MB."""
+    memory: Path
+    """The same on a file system in memory, such as /dev/shm."""
     rounds: int
     samples: int
     """Samples a round, for each variant."""
@@ -62,14 +69,19 @@ class DataBench:
 
 
 def measure(bench: DataBench, on_round: Callable[[int], None] = lambda number: None) -> dict[str, Any]:
-    """Run all three benches; the numbers of every round, medians and ratios. UserError without megatron-core."""
+    """Run all benches; the numbers of every round, medians and ratios. UserError without megatron-core."""
     megatron = _import_megatron()
     tokens, lengths = make_tokens(bench.tokens)
     corpus, tokenizer = make_text(bench)
     parts: dict[str, dict[str, Callable[[], float]]] = {
+        "write in memory": {
+            "megatronish": lambda: write_ours(bench.memory, tokens, lengths),
+            "megatron-core": lambda: write_theirs(megatron, bench.memory, tokens, lengths),
+        },
         "write": {
-            "megatronish": lambda: write_ours(bench, tokens, lengths),
-            "megatron-core": lambda: write_theirs(megatron, bench, tokens, lengths),
+            "megatronish": lambda: write_ours(bench.folder, tokens, lengths),
+            "megatron-core": lambda: write_theirs(megatron, bench.folder, tokens, lengths),
+            LIMIT: lambda: write_bare(bench.folder, tokens),
         },
         "read": Readers(bench, megatron).variants,
         "tokenize": {
@@ -84,9 +96,10 @@ def measure(bench: DataBench, on_round: Callable[[int], None] = lambda number: N
                 rates[part][name].append(run())
         on_round(number)
     require_same_files(bench.folder)
+    require_same_files(bench.memory, text=False)
     return {
         "bench": "data",
-        "units": {"write": "tokens/s", "read": "seconds a sample of 2,048 tokens", "tokenize": "bytes/s"},
+        "units": {"read": "seconds a sample of 2,048 tokens", "write, write in memory": "tokens/s", "tokenize": "bytes/s"},
         "median": {part: {name: statistics.median(values) for name, values in found.items()} for part, found in rates.items()},
         "ratio": {part: _ratio(part, found) for part, found in rates.items()},
         "rounds": rates,
@@ -103,9 +116,9 @@ def measure(bench: DataBench, on_round: Callable[[int], None] = lambda number: N
     }
 
 
-def require_same_files(folder: Path) -> None:
+def require_same_files(folder: Path, *, text: bool = True) -> None:
     """RuntimeError unless both variants made the same files."""
-    for ours, theirs in (("ours", "theirs"), ("text", "text-theirs")):
+    for ours, theirs in (("ours", "theirs"), *([("text", "text-theirs")] if text else [])):
         for suffix in ("bin", "idx"):
             if (folder / f"{ours}.{suffix}").read_bytes() != (folder / f"{theirs}.{suffix}").read_bytes():
                 raise RuntimeError(f"{folder}/{ours}.{suffix} and {theirs}.{suffix} differ")
@@ -136,21 +149,21 @@ def make_text(bench: DataBench) -> tuple[Path, Path]:
     return path, tokenizer
 
 
-def write_ours(bench: DataBench, tokens: NDArray[np.uint16], lengths: NDArray[np.int64]) -> float:
+def write_ours(folder: Path, tokens: NDArray[np.uint16], lengths: NDArray[np.int64]) -> float:
     """Tokens a second, files on the disk."""
     ends = np.concatenate(([0], np.cumsum(lengths)))
     started = time.perf_counter()
-    with IndexedDatasetWriter(bench.folder / "ours", dtype=np.dtype("u2")) as writer:
+    with IndexedDatasetWriter(folder / "ours", dtype=np.dtype("u2")) as writer:
         for first in range(0, len(lengths), _WRITE_DOCUMENTS):
             last = min(first + _WRITE_DOCUMENTS, len(lengths))
             writer.add_documents(tokens[ends[first] : ends[last]], lengths[first:last])
     return len(tokens) / (time.perf_counter() - started)
 
 
-def write_theirs(megatron: SimpleNamespace, bench: DataBench, tokens: NDArray[np.uint16], lengths: NDArray[np.int64]) -> float:
+def write_theirs(megatron: SimpleNamespace, folder: Path, tokens: NDArray[np.uint16], lengths: NDArray[np.int64]) -> float:
     """Tokens a second of the builder, fed with an array a document; its files are synced too, as ours are."""
     ends = np.concatenate(([0], np.cumsum(lengths))).tolist()
-    prefix = bench.folder / "theirs"
+    prefix = folder / "theirs"
     started = time.perf_counter()
     builder = megatron.indexed.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for i, length in enumerate(lengths.tolist()):
@@ -159,6 +172,15 @@ def write_theirs(megatron: SimpleNamespace, bench: DataBench, tokens: NDArray[np
     for suffix in ("bin", "idx"):
         with open(f"{prefix}.{suffix}", "rb") as file:
             os.fsync(file.fileno())
+    return len(tokens) / (time.perf_counter() - started)
+
+
+def write_bare(folder: Path, tokens: NDArray[np.uint16]) -> float:
+    """Tokens a second of one file of the tokens alone, written at once and synced."""
+    started = time.perf_counter()
+    with open(folder / "bare", "wb", buffering=0) as file:
+        write_all(file.fileno(), tokens.data.cast("B"))
+        os.fsync(file.fileno())
     return len(tokens) / (time.perf_counter() - started)
 
 
@@ -280,16 +302,19 @@ def render(result: dict[str, Any]) -> Table:
         f"{result['device']}, {result['date']}, megatron-core {result['versions']['megatron-core']}, load {result['load_before']}"
     )
     table = Table("what", title=title, title_justify="left")
-    for name in ("megatronish", "megatron-core", "ratio"):
+    for name in ("megatronish", "megatron-core", "ratio", LIMIT):
         table.add_column(name, justify="right")
     rows = {
         "read": ("a random sample of 2,048 tokens, 32 a batch", "us", 1e6),
-        "write": (".bin and .idx from arrays, on disk", "Mtok/s", 1e-6),
+        "write in memory": (".bin and .idx from arrays, in memory", "Mtok/s", 1e-6),
+        "write": (".bin and .idx from arrays, durable on the disk", "Mtok/s", 1e-6),
         "tokenize": (f"text to .bin and .idx, {result['workers']} workers", "MB/s", 1e-6),
     }
     for part, (what, unit, scale) in rows.items():
-        cells = [f"{result['median'][part][name] * scale:,.1f} {unit}" for name in ("megatronish", "megatron-core")]
-        table.add_row(what, *cells, f"{result['ratio'][part]:.1f} x")
+        median = result["median"][part]
+        cells = [f"{median[name] * scale:,.1f} {unit}" for name in ("megatronish", "megatron-core")]
+        limit = [f"{median[LIMIT] * scale:,.1f} {unit}"] if LIMIT in median else []
+        table.add_row(what, *cells, f"{result['ratio'][part]:.1f} x", *limit)
     return table
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,12 +19,13 @@ from typing import Any
 import torch
 
 from megatronish import __version__
-from megatronish.assemble import DTYPES, assemble, draw_weights, mesh_shape
+from megatronish.assemble import DTYPES, Assembly, assemble, draw_weights, mesh_shape
 from megatronish.bench.workers import Workers, free_port, processor_name
 from megatronish.comm import streams
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import SyntheticDataset
 from megatronish.data.loader import BatchLoader
+from megatronish.errors import UserError
 from megatronish.interop.llama import write_config
 from megatronish.parallel.mesh import build_mesh
 from megatronish.parallel.rendezvous import Place, connect, disconnect
@@ -58,8 +61,9 @@ def make_loader(config: Config, data_rank: int, data_size: int) -> BatchLoader:
     )
 
 
-def _serve_rank(commands: Connection, config: Config, rank: int, num_ranks: int, port: int) -> None:
-    """One rank of our layout: builds the trainer, then runs as many steps as it is told and answers with seconds by phase."""
+@contextmanager
+def rank_of_a_layout(config: Config, rank: int, num_ranks: int, port: int) -> Iterator[Assembly]:
+    """One local rank's trainer with its first weights; the ranks meet at `port`, and part when they leave."""
     streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=False)
     device = connect(Place("bench", rank, rank, num_ranks, num_ranks, master=("127.0.0.1", port)))
     mesh = build_mesh(mesh_shape(config, num_ranks), rank, device=device)
@@ -67,19 +71,25 @@ def _serve_rank(commands: Connection, config: Config, rank: int, num_ranks: int,
     run = assemble(config, mesh, loader)
     draw_weights(config, run.cut)
     run.optimizer.reset_master()
-    step = 1
-    commands.send(None)
-    while (count := commands.recv()) > 0:
-        phases: dict[str, float] = {}
-        started, cpu = time.perf_counter(), time.process_time()
-        for _ in run.trainer.fit(step, step + count - 1):
-            for phase, seconds in run.trainer.clock.read().items():
-                phases[phase] = phases.get(phase, 0.0) + seconds / count
-        run.optimizer.ensure_parameters()
-        commands.send((time.perf_counter() - started, time.process_time() - cpu, phases))
-        step += count
+    yield run
     loader.close()
     disconnect()
+
+
+def _serve_rank(commands: Connection, config: Config, rank: int, num_ranks: int, port: int) -> None:
+    """One rank of our layout: builds the trainer, then runs as many steps as it is told and answers with seconds by phase."""
+    with rank_of_a_layout(config, rank, num_ranks, port) as run:
+        step = 1
+        commands.send(None)
+        while (count := commands.recv()) > 0:
+            phases: dict[str, float] = {}
+            started, cpu = time.perf_counter(), time.process_time()
+            for _ in run.trainer.fit(step, step + count - 1):
+                for phase, seconds in run.trainer.clock.read().items():
+                    phases[phase] = phases.get(phase, 0.0) + seconds / count
+            run.optimizer.ensure_parameters()
+            commands.send((time.perf_counter() - started, time.process_time() - cpu, phases))
+            step += count
 
 
 def _serve_peer(commands: Connection, config: Config, threads: int) -> None:
@@ -114,6 +124,8 @@ def _serve_peer(commands: Connection, config: Config, threads: int) -> None:
 def measure(bench: StepBench, on_round: Any = lambda number: None) -> dict[str, Any]:
     """Run the bench on CPU; rates are medians over rounds, the ratio the median of each round's ratio."""
     config, port = bench.config, free_port()
+    if config.model.architecture != "llama":
+        raise UserError(f"model.architecture={config.model.architecture}: bench step compares with a Llama, so with llama")
     ours, peer = Workers("megatronish"), Workers("Hugging Face Llama, one process")
     try:
         for rank in range(bench.num_ranks):

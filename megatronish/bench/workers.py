@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import platform
+import shutil
 import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+from megatronish.errors import UserError
 
 _PATIENCE_SECONDS = 600.0
 
@@ -64,6 +72,24 @@ class Workers:
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
+
+
+@contextmanager
+def scratch_folder(parent: Path, option: str) -> Iterator[Path]:
+    """A new folder in `parent`, which is made if it is not there; removed at the end. UserError where nothing can be written."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="megatronish-bench-", dir=parent))
+    except OSError as error:
+        raise UserError(f"{option} {parent}: cannot be written ({error.strerror}); name a folder of yours") from None
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{option} {parent}: {error.strerror}; free space, or measure less") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port() -> int:

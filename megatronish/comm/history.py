@@ -8,20 +8,24 @@ One process has one history, as it has one set of process groups: `current()`. A
 
 from __future__ import annotations
 
+import bisect
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType
 from typing import NamedTuple, Protocol
 
+import torch
+
 RING_EVENTS = 4096
 """What a training process keeps: a few steps of a small layout, the last microbatches of a deep pipeline."""
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _ROOT = os.path.dirname(os.path.dirname(_HERE)) + os.sep
 
 
@@ -94,6 +98,21 @@ class Entry(NamedTuple):
     event: Event
 
 
+class Channel(NamedTuple):
+    """Calls that are counted together: number n on a channel is one thing on all ranks that are in it, whatever else they do."""
+
+    group: str
+    peer: int | None = None
+    """None: the collectives of the group."""
+    operation: str = ""
+    """send or receive; empty for collectives."""
+
+
+def channel_of(call: Call) -> Channel:
+    """Which channel a call is on."""
+    return Channel(call.group) if call.peer is None else Channel(call.group, call.peer, call.operation)
+
+
 class History:
     """The events of one process, in order."""
 
@@ -106,6 +125,8 @@ class History:
         """By group, from the start, kept or not."""
         self.num_announced: dict[str, int] = {}
         """By group: those that this process has made or is about to make, communicators apart."""
+        self.last_on: dict[Channel, tuple[int, Entry]] = {}
+        """The latest call on each channel, and its number there, from 0: by them the last events of several ranks are aligned."""
         self.moment = Moment()
         self.waiting: Entry | None = None
         """The wait or host read that this process is in now."""
@@ -124,7 +145,10 @@ class History:
         number = self.num_calls.get(call.group, 0)
         self.num_calls[call.group] = number + 1
         self.num_announced[call.group] = self.num_announced.get(call.group, 0) + 1
-        self._add(call._replace(site=self._site()))
+        entry = self._add(call._replace(site=self._site()))
+        channel = channel_of(call)
+        last = self.last_on.get(channel)
+        self.last_on[channel] = (0 if last is None else last[0] + 1, entry)
         return number
 
     def next_batch(self, group: str) -> int:
@@ -144,6 +168,32 @@ class History:
         """The host goes on."""
         self.waiting = None
 
+    def numbered(self) -> list[tuple[Entry, int]]:
+        """The events that are kept, each call with its number on its channel (-1: not a call). From any thread, at any moment."""
+        # In this order: what is added meanwhile comes after the latest of `last_on`, and counts on from there.
+        last_on = dict(self.last_on)
+        entries = self._copied()
+        places = {id(entry): place for place, entry in enumerate(entries)}
+        numbers = [-1] * len(entries)
+        calls: dict[Channel, list[int]] = {}
+        for place, entry in enumerate(entries):
+            if isinstance(entry.event, Call):
+                calls.setdefault(channel_of(entry.event), []).append(place)
+        for channel, on_it in calls.items():
+            number, last = last_on.get(channel, (-1, None))
+            place = places.get(id(last), -1)  # -1: so many came meanwhile that it is not kept any more, or it is the first
+            first = number - bisect.bisect_right(on_it, place) + 1
+            for offset, at in enumerate(on_it):
+                numbers[at] = first + offset
+        return list(zip(entries, numbers, strict=True))
+
+    def _copied(self) -> list[Entry]:
+        while True:
+            try:
+                return list(self.entries)
+            except RuntimeError:  # it grew meanwhile
+                continue
+
     def _add(self, event: Event) -> Entry:
         entry = Entry(time.monotonic(), self.moment, event)
         self.entries.append(entry)
@@ -153,13 +203,27 @@ class History:
         if not self._names_sites:
             return ""
         frame = sys._getframe(2)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
             frame = frame.f_back
         key = (frame.f_code, frame.f_lineno)
         if key not in self._sites:
             file = frame.f_code.co_filename.removeprefix(_ROOT)
             self._sites[key] = f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
         return self._sites[key]
+
+
+def place_waited_for(events: Sequence[Event], place: int) -> int | None:
+    """Where the call is that the Wait at `place` waits for; None if it is older than `events`."""
+    wait = events[place]
+    assert isinstance(wait, Wait)
+    left = wait.back
+    for at in range(place - 1, -1, -1):
+        event = events[at]
+        if isinstance(event, Call) and event.group == wait.group:
+            left -= 1
+            if left == 0:
+                return at
+    return None
 
 
 _current = History()

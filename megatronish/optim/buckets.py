@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from megatronish.layout import ParamPlacement, Rectangle, rectangles_of_flat_range, shard_range
@@ -49,6 +50,15 @@ class Bucket:
     """False: another stage counts it in the norm and saves it."""
     group: int
     """Consecutive buckets with one number are filled by the same stretch of the backward."""
+
+    @cached_property
+    def _text(self) -> str:
+        more = len(self.slots) - 1
+        return f"bucket {self.slots[0].name}" + (f" and {more} more" if more else "")
+
+    def __str__(self) -> str:
+        """By its first parameter: the same on every rank that has it, of another stage too."""
+        return self._text
 
     def is_counted_by(self, tp_rank: int) -> bool:
         """Whether this stage's rank counts it in the norm and saves it, as exactly one rank does (but for the cut over data)."""

@@ -130,7 +130,7 @@ class GradBuffer:
     def _start_reduction(self, index: int) -> Pending:
         bucket, flat, dp = self.buckets[index], self.flat[index], self.groups["dp"]
         self._note_local(index, flat)
-        what = f"gradients of bucket {index}"
+        what = f"gradients of {bucket}"
         for axis in bucket.sum_gradient_over:
             all_reduce(flat, self.groups[axis], what=what)
         if self.reduce_dtype == self.dtype:

@@ -80,9 +80,9 @@ class ShardedGradBuffer(GradBuffer):
         while self._reducing:
             self._add_oldest()
         self._free = []
-        for index, (bucket, mine) in enumerate(zip(self.buckets, self.flat, strict=True)):
+        for bucket, mine in zip(self.buckets, self.flat, strict=True):
             for axis in bucket.sum_gradient_over:
-                all_reduce(mine, self.groups[axis], what=f"gradients of bucket {index}")
+                all_reduce(mine, self.groups[axis], what=f"gradients of {bucket}")
 
     def owned(self, index: int) -> Tensor:
         """See GradBuffer."""
@@ -119,7 +119,7 @@ class ShardedGradBuffer(GradBuffer):
             self._note_local(index, flat)
             sent = flat if self.reduce_dtype == self.dtype else narrow_in_place(flat, self.reduce_dtype)
             start, stop = self.buckets[index].owned_range(dp.index, dp.size)
-            what = f"gradients of bucket {index}"
+            what = f"gradients of {self.buckets[index]}"
             scratch.travelling.append((index, start_reduce_scatter_into(sent[start:stop], sent, dp, what=what)))
         self._reducing.append(scratch)
 

@@ -82,8 +82,8 @@ class ZeroAdamW:
             return
         for index in reversed(range(len(self.parameters.buckets))):
             start, stop = self._updated_range(self.parameters.buckets[index])
-            flat = self.parameters.flat[index]
-            self._gathering[index] = start_all_gather_into(flat, flat[start:stop], self.dp, what=f"parameters of bucket {index}")
+            flat, what = self.parameters.flat[index], f"parameters of {self.parameters.buckets[index]}"
+            self._gathering[index] = start_all_gather_into(flat, flat[start:stop], self.dp, what=what)
 
     def ensure_parameters(self, names: Iterable[str] | None = None) -> None:
         """Wait until the named parameters (default: all) hold this step's values: the one place that waits for the gathering."""

@@ -17,6 +17,7 @@ from megatronish.config import Config
 from megatronish.config_loader import to_yaml
 from megatronish.json_file import write_json
 from megatronish.preflight.job import Job
+from megatronish.preflight.rehearse_job import RehearsedJob
 
 FILE_NAME = "certificate.json"
 
@@ -28,7 +29,7 @@ class Certificate:
     config: str
     """blake2b-128 of the resolved config, as YAML."""
     code: str
-    """Of the package's sources."""
+    """Of the package's Python sources."""
     world_size: int
     device_kind: str
     torch: str
@@ -36,6 +37,10 @@ class Certificate:
     logs: str
     """Of what every rank communicates."""
     ranks_run: int
+    """The others were inferred."""
+    passes_run: int
+    """Forwards and backwards of microbatches, of the ranks that ran."""
+    passes_inferred: int
     rules: tuple[str, ...]
     """Under which the job ends (preflight/order.py)."""
     date: str
@@ -46,17 +51,19 @@ class Certificate:
         return asked == (self.config, self.code, self.world_size, self.device_kind, self.torch, self.python)
 
 
-def issue(config: Config, job: Job, *, world_size: int, device_kind: str, ranks_run: int, rules: Mapping[str, bool]) -> Certificate:
-    """The certificate of a job that was just found sound."""
+def issue(config: Config, rehearsed: RehearsedJob, *, code: str, device_kind: str, rules: Mapping[str, bool]) -> Certificate:
+    """The certificate of a job that was just found sound. `code`: `hash_of_code` when its rehearsal began."""
     return Certificate(
         config=hash_of_config(config),
-        code=hash_of_code(),
-        world_size=world_size,
+        code=code,
+        world_size=rehearsed.job.num_ranks,
         device_kind=device_kind,
         torch=torch.__version__,
         python=platform.python_version(),
-        logs=hash_of_logs(job),
-        ranks_run=ranks_run,
+        logs=hash_of_logs(rehearsed.job),
+        ranks_run=len(rehearsed.ran),
+        passes_run=rehearsed.num_actions_run,
+        passes_inferred=rehearsed.num_actions_inferred,
         rules=tuple(rule for rule, passes in rules.items() if passes),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -108,18 +115,14 @@ def hash_of_logs(job: Job) -> str:
             digest.update(by_events[id(events)])
         of_logs.append(digest.hexdigest())
     groups = hashlib.blake2b(digest_size=16)
-    known: dict[int, str] = {}
+    members_text: dict[int, str] = {}  # equal members are one object: a job has few
     for rank, log_number in enumerate(job.log_of):
-        names = [
-            f"{name} {known.setdefault(id(members), str(hash_of_ranks(members)))}" for name, members in job.groups[rank].items()
-        ]
-        groups.update(f"{rank} {of_logs[log_number]} {names}".encode())
+        groups.update(f"{rank} {of_logs[log_number]}".encode())
+        for name, members in job.groups[rank].items():
+            if id(members) not in members_text:
+                members_text[id(members)] = _digest(repr(members).encode())
+            groups.update(f" {name} {members_text[id(members)]}".encode())
     return groups.hexdigest()
-
-
-def hash_of_ranks(ranks: tuple[int, ...]) -> str:
-    """Of a group's members."""
-    return _digest(repr(ranks).encode())
 
 
 def _digest(data: bytes) -> str:

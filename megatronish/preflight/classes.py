@@ -2,14 +2,16 @@
 
 A rank is inferred from one that ran if both would have answered every question alike (`coordinates.py`). In any case the first, an
 inner and the last rank of each axis run: in the first, the middle and the last stage every combination of them over the axes, in
-the other stages the three in which all axes agree.
+the other stages the three in which all axes agree. If two of these did different things though they answered alike, questions do
+not tell: then every rank of the stage runs. Up to where its groups are made, every rank runs in any case.
 """
 
 from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatronish.assemble import mesh_shape
@@ -17,11 +19,10 @@ from megatronish.config import Config
 from megatronish.errors import UserError
 from megatronish.parallel.mesh import AXES, MeshShape
 from megatronish.preflight.job import Log
-from megatronish.preflight.rehearse import Microbatches, Rehearsal, rehearse
-from megatronish.remember import remembering
+from megatronish.preflight.rehearse import MEETING, Groups, Rehearsal, rehearse, rehearse_meeting
+from megatronish.preflight.replay import Microbatches
 
 INNER_AXES = tuple(axis for axis in AXES if axis != "pp")
-Groups = Mapping[str, tuple[int, ...]]
 
 
 class RankFailed(Exception):
@@ -78,25 +79,31 @@ def corners(shape: MeshShape, stage: int) -> list[int]:
 def rehearse_part(plan: Plan, stage: int, ranks: Sequence[int] | None = None) -> PartOfJob:
     """The logs of a stage's ranks; of `ranks` alone, each of them run, where they are given."""
     shape = plan.shape
-    waiting = dict.fromkeys(ranks_of_stage(shape, stage) if ranks is None else ranks)
-    must_run = [rank for rank in waiting if ranks is not None or rank in corners(shape, stage)]
-    runs: dict[int, Rehearsal] = {}
+    everyone = ranks_of_stage(shape, stage)
+    must_run = corners(shape, stage) if ranks is None else ranks
+    runs = {rank: _rehearse(plan, rank) for rank in must_run}
+    if ranks is None and _contradict(runs, shape):
+        runs |= {rank: _rehearse(plan, rank) for rank in everyone if rank not in runs}
     source: dict[int, int] = {}
-    with remembering():
-        while waiting:
-            rank = must_run.pop(0) if must_run else next(iter(waiting))
-            run = runs[rank] = _rehearse(plan, rank)
-            source[rank] = rank
-            del waiting[rank]
-            inferred = [] if ranks is not None else _alike(run, waiting, shape, keep=must_run)
-            for other in inferred:
-                source[other] = rank
-                del waiting[other]
-    return _join(runs, source, shape)
+    for rank in everyone if ranks is None else ranks:
+        alike = (other for other, run in runs.items() if run.questions.same_answers(shape.coordinates(rank)))
+        source[rank] = rank if rank in runs else next(alike, rank)
+        if source[rank] not in runs:
+            runs[rank] = _rehearse(plan, rank)
+    return _join(plan, runs, source)
+
+
+def _contradict(runs: Mapping[int, Rehearsal], shape: MeshShape) -> bool:
+    """Whether two ranks did different things though they answered alike: then questions do not tell who does what."""
+    return any(
+        run.log != other.log and run.questions.same_answers(shape.coordinates(rank))
+        for run in runs.values()
+        for rank, other in runs.items()
+    )
 
 
 def _rehearse(plan: Plan, rank: int) -> Rehearsal:
-    try:
+    with _as_rank(plan, rank):
         return rehearse(
             plan.config,
             rank=rank,
@@ -104,6 +111,13 @@ def _rehearse(plan: Plan, rank: int) -> Rehearsal:
             device_kind=plan.device_kind,
             microbatches=plan.microbatches,
         )
+
+
+@contextmanager
+def _as_rank(plan: Plan, rank: int) -> Iterator[None]:
+    """Any failure but a user's mistake becomes a RankFailed."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -111,41 +125,37 @@ def _rehearse(plan: Plan, rank: int) -> Rehearsal:
         raise RankFailed(f"{where} fails in its rehearsal, as it would in the job:\n{traceback.format_exc().rstrip()}") from error
 
 
-def _alike(run: Rehearsal, ranks: Mapping[int, None], shape: MeshShape, *, keep: Sequence[int]) -> list[int]:
-    """Those of `ranks` that would have answered alike; not those that run in any case."""
-    return [rank for rank in ranks if rank not in keep and run.questions.same_answers(shape.coordinates(rank))]
-
-
-def _join(runs: Mapping[int, Rehearsal], source: Mapping[int, int], shape: MeshShape) -> PartOfJob:
+def _join(plan: Plan, runs: Mapping[int, Rehearsal], source: Mapping[int, int]) -> PartOfJob:
     logs: list[Log] = []
-    place_of_run: dict[int, int] = {}
-    for rank, run in runs.items():
-        place = next((i for i, log in enumerate(logs) if log == run.log), len(logs))
-        if place == len(logs):
-            logs.append(run.log)
-        place_of_run[rank] = place
+    log_of: dict[int, int] = {}
+    groups: dict[int, Groups] = {}
+    place_of_run = {rank: _place(logs, run.log) for rank, run in runs.items()}
+    for rank, from_rank in source.items():
+        run = runs[from_rank]
+        if rank == from_rank:
+            log_of[rank], groups[rank] = place_of_run[rank], run.groups
+            continue
+        # It has no coordinates to ask before its groups are made: up to there every rank runs.
+        with _as_rank(plan, rank):
+            meeting, groups[rank] = rehearse_meeting(
+                plan.config, rank=rank, world_size=plan.world_size, device_kind=plan.device_kind
+            )
+        num = sum(span.moment.phase in MEETING for span in run.log.spans)
+        same = tuple(meeting.spans) == tuple(run.log.spans[:num])
+        log_of[rank] = place_of_run[from_rank] if same else _place(logs, Log((*meeting.spans, *run.log.spans[num:])))
     return PartOfJob(
         logs,
-        log_of={rank: place_of_run[from_rank] for rank, from_rank in source.items()},
-        groups={rank: renamed(runs[from_rank].groups, from_rank, rank, shape) for rank, from_rank in source.items()},
+        log_of=log_of,
+        groups=groups,
         ran=list(runs),
         num_actions_run=sum(run.num_run for run in runs.values()),
         num_actions_inferred=sum(run.num_inferred for run in runs.values()),
     )
 
 
-def renamed(groups: Groups, rank: int, other: int, shape: MeshShape) -> dict[str, tuple[int, ...]]:
-    """The groups of `rank` as `other` has them: where all members share the rank's coordinate on an axis, they have the other's."""
-    if rank == other:
-        return dict(groups)
-    here, there = shape.coordinates(rank), shape.coordinates(other)
-    moved_axes = [axis for axis in AXES if here[axis] != there[axis]]
-    result = {}
-    for name, members in groups.items():
-        if len(members) == shape.num_ranks:
-            result[name] = members
-            continue
-        at = [shape.coordinates(member) for member in members]
-        shared = {axis: there[axis] for axis in moved_axes if all(each[axis] == here[axis] for each in at)}
-        result[name] = tuple(shape.rank_of({**each, **shared}) for each in at)
-    return result
+def _place(logs: list[Log], log: Log) -> int:
+    """Where an equal log is, put there if there is none."""
+    place = next((i for i, known in enumerate(logs) if known == log), len(logs))
+    if place == len(logs):
+        logs.append(log)
+    return place

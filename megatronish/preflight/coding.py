@@ -44,6 +44,8 @@ class Collective(NamedTuple):
     dtype: str
     num_elements: int
     reduce_op: str
+    what: str
+    """What it is for: two calls of one size for two things would mix them up in silence."""
 
 
 class Message(NamedTuple):
@@ -52,6 +54,7 @@ class Message(NamedTuple):
     num_elements: int
     dtype: str
     tag: int
+    what: str
 
 
 class Unit(NamedTuple):
@@ -119,10 +122,20 @@ def _end_of_unit(events: Sequence[Event], position: int) -> int:
     return position
 
 
+def collective_of(call: Call) -> Collective:
+    """What all members must do."""
+    return Collective(call.operation, call.dtype, call.num_elements, call.reduce_op, call.what)
+
+
+def message_of(call: Call) -> Message:
+    """What the other end must expect."""
+    return Message(call.num_elements, call.dtype, call.tag, call.what)
+
+
 def unit_of(calls: Sequence[Call]) -> Unit:
     """What the partner must mirror."""
-    sends = tuple([Message(call.num_elements, call.dtype, call.tag) for call in calls if call.operation == "send"])
-    receives = tuple([Message(call.num_elements, call.dtype, call.tag) for call in calls if call.operation == "receive"])
+    sends = tuple([message_of(call) for call in calls if call.operation == "send"])
+    receives = tuple([message_of(call) for call in calls if call.operation == "receive"])
     return Unit(calls[0].batch > 0, sends, receives)
 
 
@@ -176,6 +189,24 @@ class CodedJob:
         return np.array([self.unit_table.number(unit.mirrored()) for unit in units], dtype=np.uint32)
 
     @cached_property
+    def op_groups(self) -> tuple[Table[str], npt.NDArray[np.int64]]:
+        """All groups, and by number of an op the number of its group."""
+        groups: Table[str] = Table()
+        return groups, np.array([groups.number(op.group) for op in self.ops.items], dtype=np.int64)
+
+    @cached_property
+    def op_kinds(self) -> npt.NDArray[np.str_]:
+        """By number of an op: its kind."""
+        return np.array([op.kind for op in self.ops.items], dtype=np.str_)
+
+    def slots(self, groups: Sequence[str]) -> npt.NDArray[np.int64]:
+        """By number of an op: the place of its group among these, -1 if it is none of them."""
+        table, of_op = self.op_groups
+        places = {group: place for place, group in enumerate(groups)}
+        by_group = np.array([places.get(group, -1) for group in table.items] or [-1], dtype=np.int64)
+        return by_group[of_op]
+
+    @cached_property
     def ranks_with(self) -> Counter[int]:
         """By log: how many ranks have it."""
         return Counter(self.job.log_of)
@@ -223,7 +254,7 @@ class CodedJob:
                 num_calls += len(calls)
                 position = end
             else:
-                signature = Collective(event.operation, event.dtype, event.num_elements, event.reduce_op)
+                signature = collective_of(event)
                 collectives.setdefault(event.group, []).append(self.signatures.number(signature))
                 ops.append(self.ops.number(Op("blocking" if event.operation in BLOCKING else "collective", event.group)))
                 num_calls += 1

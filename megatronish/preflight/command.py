@@ -17,7 +17,7 @@ from megatronish.config_loader import load_config, to_yaml
 from megatronish.constraints import warnings
 from megatronish.errors import UserError
 from megatronish.json_file import writable, write_json
-from megatronish.preflight.certificate import Certificate, issue, write_certificate
+from megatronish.preflight.certificate import FILE_NAME, Certificate, hash_of_code, issue, write_certificate
 from megatronish.preflight.check import Verdict, check
 from megatronish.preflight.classes import PartOfJob, Plan, RankFailed
 from megatronish.preflight.rehearse import shortened
@@ -28,6 +28,7 @@ from megatronish.run_folder import RunFolder
 
 NUM_STEPS = 2
 FINDINGS_SHOWN = 5
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,16 @@ def main(config_path: str, overrides: list[str], options: Options) -> int:
     for path in (options.json_file, options.trace):
         if path is not None:
             writable(path)
+    for name in (FILE_NAME, REPORT):  # what an earlier rehearsal said does not hold for this one
+        (out / name).unlink(missing_ok=True)
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=160)
     try:
         result = run(config, world_size, options, console)
     except RankFailed as failure:
         console.print(str(failure), soft_wrap=True, markup=False)
+        if options.json_file is not None:
+            write_json(options.json_file, {"ok": False, "failed": str(failure)})
         return 1
     write_files(result, out, options)
     console.print(summary(result, out), soft_wrap=True, markup=False)
@@ -93,7 +98,7 @@ def find_world_size(options: Options) -> int | None:
 
 def run(config: Config, world_size: int, options: Options, console: Console) -> Preflight:
     """All of it but the files."""
-    started = time.perf_counter()
+    started, code = time.perf_counter(), hash_of_code()
     plan = Plan(
         shortened(config, world_size, num_steps=NUM_STEPS),
         world_size,
@@ -109,10 +114,9 @@ def run(config: Config, world_size: int, options: Options, console: Console) -> 
     if verdict.ok:
         certificate = issue(
             config,
-            rehearsed.job,
-            world_size=world_size,
+            rehearsed,
+            code=code,
             device_kind=options.device_kind,
-            ranks_run=len(rehearsed.ran),
             rules={str(rule): passes for rule, passes in verdict.passes.items()},
         )
     notes = (*warnings(config, world_size), *_notes(config))
@@ -175,8 +179,29 @@ def summary(result: Preflight, out: Path) -> str:
         lines += [f"{number}. {finding}" for number, finding in enumerate(verdict.findings[:FINDINGS_SHOWN], 1)]
         if count > FINDINGS_SHOWN:
             lines.append(f"and {count - FINDINGS_SHOWN} more in the report")
-    lines += [f"limits: {' '.join(LIMITS[:2])}", f"report: {out / 'report.html'}"]
+    lines += [f"limits: {' '.join(limits_of(result)[:NUM_LIMITS_SHOWN])}", f"report: {out / REPORT}"]
     return "\n".join(lines)
+
+
+def limits_of(result: Preflight) -> list[str]:
+    """What this rehearsal cannot say."""
+    inferred = []
+    if result.rehearsed.num_inferred:
+        inferred.append(
+            "ranks that were inferred would have answered every question to their coordinates as one that ran; what a coordinate "
+            "decides as data (an offset, an index) was run on first, inner and last ranks only (--all-ranks runs all)"
+        )
+    if result.rehearsed.num_actions_inferred:
+        inferred.append(
+            "microbatches that were inferred are taken to do what two others of their phase of the schedule did "
+            "(--all-microbatches runs all)"
+        )
+    said = [f"Inferred: {'; '.join(inferred)}."] if inferred else []
+    return [*LIMITS[:2], *said, "The run is rehearsed from its first step: reading a checkpoint is not.", *LIMITS[2:]]
+
+
+NUM_LIMITS_SHOWN = 4
+"""In the terminal; the page has all."""
 
 
 def rules_in_words(result: Preflight) -> str:
@@ -193,7 +218,7 @@ def write_files(result: Preflight, out: Path, options: Options) -> None:
     """The page, the certificate, and what else was asked for. UserError if they cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_report(out / "report.html", facts_of(result, options))
+        write_report(out / REPORT, facts_of(result, options))
         if result.certificate is not None:
             write_certificate(out, result.certificate)
         if options.trace is not None:
@@ -207,8 +232,8 @@ def write_files(result: Preflight, out: Path, options: Options) -> None:
 def facts_of(result: Preflight, options: Options) -> ReportFacts:
     """What the page says."""
     config, rehearsed, verdict = result.config, result.rehearsed, result.verdict
-    model, parallel = config.model, config.parallel
-    num_ranks = rehearsed.job.num_ranks
+    model, parallel, shape = config.model, config.parallel, rehearsed.job.shape
+    num_ranks = shape.num_ranks
     gpus_per_node = min(options.gpus_per_node, num_ranks)
     proved = []
     if verdict.ok:
@@ -218,7 +243,7 @@ def facts_of(result: Preflight, options: Options) -> ReportFacts:
             f"{verdict.num_messages:,} messages: each exchange meets its partner's mirror image, nothing is left over",
             f"the job ends {rules_in_words(result)}; {verdict.num_simulated:,} ranks stood for all",
         ]
-    certificate = {} if result.certificate is None else {k: str(v) for k, v in asdict(result.certificate).items()}
+    certificate = {} if result.certificate is None else _in_words(result.certificate)
     return ReportFacts(
         name=config.name,
         job=rehearsed.job,
@@ -230,7 +255,7 @@ def facts_of(result: Preflight, options: Options) -> ReportFacts:
         proved=proved,
         summary={
             "model": f"{model.architecture}, {model.num_layers} layers, hidden {model.hidden_size:,}",
-            "layout": f"pipeline {parallel.pipeline} ({parallel.schedule}) x data {rehearsed.job.shape.dp} x tensor {parallel.tensor}"
+            "layout": f"pipeline {shape.pp} ({parallel.schedule}) x data {shape.dp} x tensor {shape.tp}"
             + (", sequence parallel" if parallel.sequence else ""),
             "ZeRO": str(parallel.zero_stage),
             "global batch": f"{config.train.global_batch_size:,} samples of {config.data.sequence_length:,} tokens",
@@ -241,7 +266,13 @@ def facts_of(result: Preflight, options: Options) -> ReportFacts:
         num_actions_inferred=rehearsed.num_actions_inferred,
         seconds=result.seconds,
         warnings=result.warnings,
+        limits=limits_of(result),
     )
+
+
+def _in_words(certificate: Certificate) -> dict[str, str]:
+    values = {**asdict(certificate), "rules": ", ".join(certificate.rules)}
+    return {name.replace("_", " "): str(value) for name, value in values.items()}
 
 
 def as_json(result: Preflight) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 Ranks that differ in their coordinates alone do the same, unless the program asks a coordinate something: `if index == 0`. In a
 rehearsal every coordinate is a `Coordinate`: an int that hands its origin on through sums and divisions, and writes down each
 comparison with its outcome. Another rank does what this one did if all of these come out the same for it; if one does not, it is
-rehearsed itself.
+rehearsed itself. Arithmetic that cannot be followed, and a place in a set or a dictionary, set the rank apart from every other.
 
-A coordinate that becomes data is followed no further: multiplied (where a slice begins), an index into a list, the size of a
-tensor. For what only such a value decides, the first, an inner and the last rank of each axis are rehearsed and compared.
+A coordinate that becomes data is followed no further: multiplied (where a slice begins), converted by int() or str(), an index into
+a list, the end of a range, the size of a tensor. For what only such a value decides, the first, an inner and the last rank of each
+axis are rehearsed; if two ranks that answered alike differ, every rank of their stage runs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Questions:
 
     def same_answers(self, at: At) -> bool:
         """Whether a rank at these coordinates would have got the same answers."""
-        return all(answer(at) == outcome for answer, outcome in self.asked.values())
+        try:
+            return all(answer(at) == outcome for answer, outcome in self.asked.values())
+        except ArithmeticError:  # 10 // index, of rank 0
+            return False
 
 
 class Coordinate(int):
@@ -54,8 +58,14 @@ class Coordinate(int):
         self.value_at, self.text, self.questions = value_at, text, questions
         return self
 
+    def set_apart(self) -> int:
+        """What is asked cannot be followed: no other value counts as alike. The plain number."""
+        value = int(self)
+        self.questions.note(f"{self.text} == {value}", lambda at: self.value_at(at) == value, True)
+        return value
+
     def __hash__(self) -> int:
-        return int.__hash__(self)
+        return hash(self.set_apart())
 
     def __bool__(self) -> bool:
         return self.questions.note(f"{self.text} != 0", lambda at: self.value_at(at) != 0, int(self) != 0)
@@ -67,7 +77,7 @@ class Coordinate(int):
         return other // self, other % self
 
 
-def _function_of(x: int) -> tuple[Callable[[At], int], str]:
+def _function_of(x: Any) -> tuple[Callable[[At], Any], str]:
     return (x.value_at, x.text) if isinstance(x, Coordinate) else (lambda at: x, str(x))
 
 
@@ -86,11 +96,21 @@ def _arithmetic(name: str, function: Callable[[int, int], int], *, reflected: bo
 
 def _comparison(symbol: str, function: Callable[[Any, Any], bool]) -> Callable[[Coordinate, Any], Any]:
     def method(self: Coordinate, other: Any) -> Any:
-        if not isinstance(other, int):
+        if not isinstance(other, int | float):
             return NotImplemented
         other_at, text = _function_of(other)
-        outcome = function(int(self), int(other))
+        outcome = function(int(self), other if isinstance(other, float) else int(other))
         return self.questions.note(f"{self.text} {symbol} {text}", lambda at: function(self.value_at(at), other_at(at)), outcome)
+
+    return method
+
+
+def _set_apart(name: str) -> Callable[..., Any]:
+    plain = getattr(int, name)
+
+    def method(self: Coordinate, *others: Any) -> Any:
+        self.set_apart()
+        return plain(int(self), *(other.set_apart() if isinstance(other, Coordinate) else other for other in others))
 
     return method
 
@@ -98,6 +118,11 @@ def _comparison(symbol: str, function: Callable[[Any, Any], bool]) -> Callable[[
 for _name, _symbol in {"add": "+", "sub": "-", "floordiv": "//", "mod": "%"}.items():
     setattr(Coordinate, f"__{_name}__", _arithmetic(_symbol, getattr(operator, _name), reflected=False))
     setattr(Coordinate, f"__r{_name}__", _arithmetic(_symbol, getattr(operator, _name), reflected=True))
+for _name in ("truediv", "and", "or", "xor", "lshift", "rshift", "pow"):
+    setattr(Coordinate, f"__{_name}__", _set_apart(f"__{_name}__"))
+    setattr(Coordinate, f"__r{_name}__", _set_apart(f"__r{_name}__"))
+for _name in ("neg", "abs", "invert", "float"):
+    setattr(Coordinate, f"__{_name}__", _set_apart(f"__{_name}__"))
 for _name, _symbol in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
     setattr(Coordinate, f"__{_name}__", _comparison(_symbol, getattr(operator, _name)))
 

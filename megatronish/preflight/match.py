@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatronish.comm.history import Call, Moment
-from megatronish.preflight.coding import CodedJob, Collective, Done, Table, things_done
+from megatronish.preflight.coding import CodedJob, Collective, Done, Table, collective_of, things_done
 from megatronish.preflight.divergence import Numbered, divergences
 from megatronish.preflight.exchanges import match_exchanges
 from megatronish.preflight.findings import Collected, Finding, Namer, people, verb
@@ -147,7 +147,7 @@ def match_recent(group: str, recent: Mapping[int, tuple[int, Sequence[tuple[Mome
     key_of: dict[int, int] = {}
     sequences: dict[int, Numbered] = {}
     for rank, (first_number, calls) in recent.items():
-        numbers = [signatures.number(Collective(c.operation, c.dtype, c.num_elements, c.reduce_op)) for _, c in calls]
+        numbers = [signatures.number(collective_of(c)) for _, c in calls]
         done = [Done(position, moment, (call,)) for position, (moment, call) in enumerate(calls)]
         codes = np.array(numbers, dtype=np.uint32)
         key = key_of[rank] = keys.number((first_number, codes.tobytes()))

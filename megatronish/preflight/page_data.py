@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from megatronish.comm.history import Call, Event
 from megatronish.pipeline.schedules import Backward, peak_in_flight
+from megatronish.preflight.findings import Finding
 from megatronish.preflight.job import Job
 from megatronish.preflight.stages import Recorded, Stage, read_stages
-from megatronish.preflight.traffic import Amount, Tallies, Tally, Traffic, Use, group_sizes, handed_bytes
+from megatronish.preflight.traffic import STEP, Amount, Tallies, Tally, Traffic, Use, group_sizes, handed_bytes
 
 MOST_PLACES = {"rank": 128, "stage": 128, "node": 512}
 """Rows of a matrix that can still be seen."""
 
 
-def schedule(job: Job, *, like: int, culprits: Iterable[int] = ()) -> dict[str, Any]:
+def schedule(job: Job, problem: Finding | None = None) -> dict[str, Any]:
     """A training step of all stages. Each action is four numbers: units of idle time before it, 1 for a backward + 2 if inferred
     + 4 times its chunk, its microbatch, and its place in `details`."""
-    read = read_stages(job, like=like)
+    culprits = problem.culprits if problem else ()
+    # A problem is best seen where it is: in its step, on the pipeline of the first culprit.
+    like, where = (culprits[0] if culprits else 0), re.search(rf"\b{STEP} step (\d+)(?: ([FB]\d+(?:\.\d+)?)\b)?", str(problem))
+    read = read_stages(job, like=like, step=int(where[1]) if where else None)
     details = Details()
     of_culprits = {job.shape.coordinates(rank)["pp"] for rank in culprits}
     return {
         "step": read.step,
         "like": job.shape.describe(like).partition(" ")[2],
+        "mark": [job.shape.coordinates(like)["pp"], where[2]] if where and where[2] else None,
         "makespan": read.makespan,
         "idle": read.idle_share,
         "chunks": 1 + max((step.action.chunk for stage in read.stages for step in stage.steps), default=0),
@@ -35,14 +41,14 @@ def schedule(job: Job, *, like: int, culprits: Iterable[int] = ()) -> dict[str, 
 
 
 def _stage(job: Job, stage: Stage, details: Details, *, is_culprit: bool) -> dict[str, Any]:
-    tallies = Tallies(group_sizes(job, stage.rank))
+    describe = Describer(group_sizes(job, stage.rank))
     numbers: list[int] = []
     clock = 0
     for step in stage.steps:
         if step.start is None or step.end is None:
             break
         kind = isinstance(step.action, Backward) + 2 * step.is_inferred + 4 * step.action.chunk
-        numbers += [step.start - clock, kind, step.action.microbatch, details.of(step, tallies)]
+        numbers += [step.start - clock, kind, step.action.microbatch, details.of(step, describe)]
         clock = step.end
     stuck = stage.stuck_at
     return {
@@ -52,8 +58,8 @@ def _stage(job: Job, stage: Stage, details: Details, *, is_culprit: bool) -> dic
         "peak": peak_in_flight(step.action for step in stage.steps),
         "culprit": is_culprit,
         "stuck": None if stuck is None else str(stuck),
-        "before": describe(tallies, stage.before),
-        "after": describe(tallies, stage.after),
+        "before": describe(stage.before),
+        "after": describe(stage.after),
         "actions": numbers,
     }
 
@@ -64,34 +70,44 @@ class Details:
     def __init__(self) -> None:
         self.texts: list[list[str]] = []
         self._places: dict[tuple[str, ...], int] = {}
-        self._known: dict[tuple[int, ...], list[str]] = {}
 
-    def of(self, step: Recorded, tallies: Tallies) -> int:
+    def of(self, step: Recorded, describe: Describer) -> int:
         """The place of its text."""
-        key = (id(tallies), *map(id, map(tallies.of, step.parts)))
-        if key not in self._known:
-            self._known[key] = describe(tallies, step.parts)
-        lines = (*self._known[key], *(text for events in step.exchanges for text in _messages(events)))
+        lines = (*describe(step.parts), *(text for events in step.exchanges for text in _messages(events)))
         if lines not in self._places:
             self._places[lines] = len(self.texts)
             self.texts.append(list(lines))
         return self._places[lines]
 
 
-def describe(tallies: Tallies, parts: Iterable[tuple[Event, ...]]) -> list[str]:
-    """E.g. `4 all_reduce on tp, 64.0 MiB`, a line a group and operation."""
-    total = Tally()
-    for events in parts:
-        total.add(tallies.of(events))
-    lines = [
-        f"{amount.calls} {use.operation} on {use.group}" + (f", {in_words(amount.handed_bytes)}" if amount.handed_bytes else "")
-        for use, amount in total.uses.items()
-    ]
+class Describer:
+    """Puts the events of one rank in words, alike ones once."""
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """sizes: ranks of each group."""
+        self._tallies = Tallies(sizes)
+        self._known: dict[tuple[int, ...], list[str]] = {}
+
+    def __call__(self, parts: Iterable[tuple[Event, ...]]) -> list[str]:
+        """E.g. `4 all_reduce on tp, 64.0 MiB`, a line a group and operation."""
+        tallies = [self._tallies.of(events) for events in parts]
+        key = tuple(map(id, tallies))
+        if key not in self._known:
+            total = Tally()
+            for tally in tallies:
+                total.add(tally)
+            self._known[key] = list(_lines(total))
+        return self._known[key]
+
+
+def _lines(total: Tally) -> Iterator[str]:
+    for use, amount in total.uses.items():
+        size = f", {in_words(amount.handed_bytes)}" if amount.handed_bytes else ""
+        yield f"{amount.calls} {use.operation} on {use.group}{size}"
     if total.num_waits:
-        lines.append(f"{total.num_waits} wait{'s' if total.num_waits > 1 else ''} for a call")
+        yield f"{total.num_waits} wait{'s' if total.num_waits > 1 else ''} for a call"
     if total.num_reads:
-        lines.append(f"{total.num_reads} read{'s' if total.num_reads > 1 else ''} by the host")
-    return lines
+        yield f"{total.num_reads} read{'s' if total.num_reads > 1 else ''} by the host"
 
 
 def _messages(events: Iterable[Event]) -> Iterator[str]:

@@ -47,9 +47,8 @@ def runs_of(quotient: Quotient) -> list[Runs]:
 
 
 def _runs(coded: CodedJob, structure: int, groups: tuple[str, ...]) -> Runs:
-    slots = {group: slot for slot, group in enumerate(groups)}
-    slot_of = np.array([slots.get(op.group, -1) if op.kind != "wait" else -1 for op in coded.ops.items], dtype=np.int64)
-    is_unit = np.array([op.kind == "unit" for op in coded.ops.items], dtype=bool)
+    slot_of = np.where(coded.op_kinds == "wait", -1, coded.slots(groups))
+    is_unit = coded.op_kinds == "unit"
     codes = coded.codes(structure)
     places = np.flatnonzero(slot_of[codes] >= 0)
     codes = codes[places]
@@ -100,7 +99,7 @@ def programs_from(quotient: Quotient, places: Sequence[int]) -> list[Program]:
 
 def _program(coded: CodedJob, structure: int, groups: tuple[str, ...], start: int) -> Program:
     slots = {group: slot for slot, group in enumerate(groups)}
-    keep = np.array([op.group in slots for op in coded.ops.items], dtype=bool)
+    keep = coded.slots(groups) >= 0
     codes = coded.codes(structure)
     places = start + np.flatnonzero(keep[codes[start:]])
     program = Program(groups, [], [[] for _ in groups], [[] for _ in groups])

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,13 +22,16 @@ from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.preflight.coordinates import Questions, watched
 from megatronish.preflight.job import Log
 from megatronish.preflight.log_history import LogHistory
-from megatronish.preflight.replay import NotRepeating, ReplayingRuntime
+from megatronish.preflight.replay import Microbatches, NotRepeating, ReplayingRuntime
 from megatronish.run_folder import RunFolder
 from megatronish.startup import require_agreement
 from megatronish.train import Datasets, Surroundings, run_facts, run_training
 
 LOG = logging.getLogger("megatronish.rehearsal")
-Microbatches = Literal["all", "two of each phase"]
+
+
+Groups = Mapping[str, tuple[int, ...]]
+"""Global ranks of each group of a rank, in the order of places."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ class Rehearsal:
     log: Log
     calls: list[Intercepted]
     """As a backend saw them; without those of microbatches that did not run."""
-    groups: Mapping[str, tuple[int, ...]]
-    """Global ranks of each of its groups, in the order of places."""
+    groups: Groups
     questions: Questions
     num_run: int
     """Forwards and backwards of microbatches."""
@@ -81,10 +82,9 @@ def _rehearse(config: Config, rank: int, world_size: int, device_kind: str, micr
     recorder, stages = Recorder(history=history), []
 
     def adapt(run: Assembly) -> None:
-        if microbatches != "all":
-            runtime = ReplayingRuntime(run.trainer.pipeline, history)
-            run.trainer.pipeline = runtime
-            stages.append(runtime.replaying)
+        runtime = ReplayingRuntime(run.trainer.pipeline, history, microbatches)
+        run.trainer.pipeline = runtime
+        stages.append(runtime.replaying)
 
     with rehearsed_world(rank, world_size, recorder):
         hooks = Hooks(adapt, partial(watched, questions=questions))
@@ -103,11 +103,7 @@ class Hooks:
 
 def play(config: Config, rank: int, world_size: int, *, device: torch.device, device_kind: str, hooks: Hooks = Hooks()) -> None:
     """What `train.main` does once it has connected, with synthetic data, and keeping no file."""
-    with phase("agree"):
-        datasets = synthetic_datasets(config)
-        require_agreement(run_facts(config, datasets), world=world_group(device_kind=device_kind), device=device)
-    with phase("connect"):
-        mesh = hooks.watch(build_mesh(mesh_shape(config, world_size), rank, device=device, device_kind=device_kind))
+    datasets, mesh = _meet(config, rank, world_size, device=device, device_kind=device_kind)
     nowhere = RunFolder(Path("/nonexistent/rehearsal"))
     around = Surroundings(
         nowhere,
@@ -118,4 +114,25 @@ def play(config: Config, rank: int, world_size: int, *, device: torch.device, de
         device_copy=partial(Tensor.to, device=device),
         adapt=hooks.adapt,
     )
-    run_training(config, mesh, datasets, around)
+    run_training(config, hooks.watch(mesh), datasets, around)
+
+
+def _meet(config: Config, rank: int, world_size: int, *, device: torch.device, device_kind: str) -> tuple[Datasets, Mesh]:
+    """The phases of MEETING, in which a rank has no coordinates yet that can be asked."""
+    with phase("agree"):
+        datasets = synthetic_datasets(config)
+        require_agreement(run_facts(config, datasets), world=world_group(device_kind=device_kind), device=device)
+    with phase("connect"):
+        mesh = build_mesh(mesh_shape(config, world_size), rank, device=device, device_kind=device_kind)
+    return datasets, mesh
+
+
+MEETING = ("agree", "connect")
+
+
+def rehearse_meeting(config: Config, *, rank: int, world_size: int, device_kind: str) -> tuple[Log, Groups]:
+    """The log of the phases of MEETING alone, and the groups that were made: what every rank runs."""
+    history = LogHistory()
+    with rehearsed_world(rank, world_size, Recorder(history=history)):
+        _meet(config, rank, world_size, device=torch.device("meta"), device_kind=device_kind)
+    return history.log(), dict(history.groups)

@@ -6,12 +6,15 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import torch
 
-from megatronish.preflight.classes import Groups, PartOfJob, Plan, ranks_of_stage, rehearse_part
+from megatronish.preflight.classes import PartOfJob, Plan, RankFailed, ranks_of_stage, rehearse_part
 from megatronish.preflight.job import Job, Log, Span
+from megatronish.preflight.rehearse import Groups
+from megatronish.remember import remember_from_now_on, remembering
 
 PRELOAD = ("torch", "torch.distributed", "megatronish.preflight.preload")
 RANKS_OF_A_TASK = 8
@@ -49,14 +52,14 @@ def rehearse_job(plan: Plan, *, processes: int | None = None, progress: Callable
     processes = min(len(tasks), processes if processes is not None else len(os.sched_getaffinity(0)))
     joined = _Joined(plan)
     if processes <= 1:
-        for task in tasks:
-            joined.add(part := rehearse_part(plan, *task))
-            tell(part)
+        with remembering():
+            for task in tasks:
+                joined.add(part := rehearse_part(plan, *task))
+                tell(part)
         return joined.result()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
-    # One thread: the fork server has loaded torch, and a forked OpenMP pool would hang.
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
         # First and last stages hold most: they begin.
         order = sorted(tasks, key=lambda task: min(task[0], shape.pp - 1 - task[0]))
         futures = [pool.submit(rehearse_part, plan, *task) for task in order]
@@ -64,10 +67,22 @@ def rehearse_job(plan: Plan, *, processes: int | None = None, progress: Callable
             for future in as_completed(futures):
                 joined.add(part := future.result())
                 tell(part)
+        except BrokenProcessPool as error:
+            raise RankFailed(
+                "a process of the rehearsal was ended from outside, perhaps for its memory: "
+                f"try --processes {max(1, processes // 2)}"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return joined.result()
+
+
+def _begin() -> None:
+    """A process that rehearses ranks of one job until it ends."""
+    # One thread: the fork server has loaded torch, and a forked OpenMP pool would hang.
+    torch.set_num_threads(1)
+    remember_from_now_on()
 
 
 class _Joined:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from megatronish.pipeline.runtime import PipelineRuntime, RunsMicrobatches
 from megatronish.pipeline.schedules import Backward, Forward
 from megatronish.preflight.log_history import LogHistory
 
+Microbatches = Literal["all", "two of each phase"]
 RUNS = 2
 """Of each kind of action, before others are inferred."""
 
@@ -60,19 +61,19 @@ def kinds_of(steps: Sequence[Step]) -> dict[Step, Kind | None]:
 
 
 class ReplayingRuntime(PipelineRuntime):
-    """A PipelineRuntime for rehearsals, whose stage runs few of its actions."""
+    """A PipelineRuntime for rehearsals, whose stage may run few of its actions."""
 
-    def __init__(self, runtime: PipelineRuntime, history: LogHistory) -> None:
-        stage = ReplayingStage(runtime.stage, history)
+    def __init__(self, runtime: PipelineRuntime, history: LogHistory, microbatches: Microbatches) -> None:
+        stage = ReplayingStage(runtime.stage, history, microbatches)
         super().__init__(stage, group=runtime.group, activation=runtime.activation, device_kind=runtime.device_kind)
         self.replaying = stage
-        self._num_passes = 0
+        self._num_passes, self._microbatches = 0, microbatches
 
     def run(self, steps: Sequence[Step], microbatches: Sequence[Batch], **more: Any) -> Tensor:
         """See PipelineRuntime.run."""
         self.replaying.begin(steps)
         # What a batch of messages is has been seen by torch.distributed once.
-        self.post = None if self._num_passes == 0 else _post_nothing
+        self.post = None if self._num_passes == 0 or self._microbatches == "all" else _post_nothing
         self._num_passes += 1
         return super().run(steps, microbatches, **more)
 
@@ -84,8 +85,8 @@ def _post_nothing(sends: Sequence[Parcel], receives: Sequence[Parcel], peer: int
 class ReplayingStage:
     """Runs the actions that must run, and tells the history of the others."""
 
-    def __init__(self, stage: RunsMicrobatches, history: LogHistory) -> None:
-        self._stage, self._history = stage, history
+    def __init__(self, stage: RunsMicrobatches, history: LogHistory, microbatches: Microbatches) -> None:
+        self._stage, self._history, self._microbatches = stage, history, microbatches
         self.model, self.stage, self.num_stages, self.num_parts = stage.model, stage.stage, stage.num_stages, stage.num_parts
         self._kinds: dict[Step, Kind | None] = {}
         self._runs: set[Step] = set()
@@ -96,6 +97,8 @@ class ReplayingStage:
     def begin(self, steps: Sequence[Step]) -> None:
         """Choose what of this list runs."""
         self._kinds = kinds_of(steps)
+        if self._microbatches == "all":
+            self._kinds = dict.fromkeys(self._kinds)
         owed = {kind: RUNS - len(self._seen.get(kind, ())) for kind in self._kinds.values() if kind is not None}
         counts: Counter[Kind] = Counter()
         self._runs = set()

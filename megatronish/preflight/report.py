@@ -99,8 +99,6 @@ def verdict_of(facts: ReportFacts) -> str:
 def page_data(facts: ReportFacts) -> dict[str, Any]:
     """All that the page's script draws."""
     job, traffic = facts.job, traffic_of(facts.job)
-    # A problem is best seen where it is: on the pipeline of the first culprit.
-    culprits = facts.problems[0].culprits if facts.problems else ()
     return {
         "name": facts.name,
         "verdict": verdict_of(facts),
@@ -118,7 +116,7 @@ def page_data(facts: ReportFacts) -> dict[str, Any]:
         "config": facts.config_text,
         "warnings": [*facts.warnings, *placement_warnings(facts)],
         "limits": list(facts.limits),
-        "schedule": schedule(job, like=culprits[0] if culprits else 0, culprits=culprits),
+        "schedule": schedule(job, facts.problems[0] if facts.problems else None),
         "communication": communication(traffic, gpus_per_node=facts.gpus_per_node),
         "counts": counts(traffic),
     }

@@ -113,11 +113,12 @@ def read_stage(log: Log, stage: int, rank: int, step: int) -> Stage:
     return result
 
 
-def read_stages(job: Job, *, like: int = 0) -> Stages:
-    """The last training step of every stage, on the ranks that share all other coordinates with rank `like`."""
+def read_stages(job: Job, *, like: int = 0, step: int | None = None) -> Stages:
+    """A training step of every stage, the last if none is given, on the ranks that share all other coordinates with rank `like`."""
     place = job.shape.coordinates(like)
     ranks = [job.shape.rank_of({**place, "pp": stage}) for stage in range(job.shape.pp)]
-    step = max(map(last_step, {id(log): log for log in map(job.log, ranks)}.values()))
+    if step is None:
+        step = max(map(last_step, {id(log): log for log in map(job.log, ranks)}.values()))
     stages = [read_stage(job.log(rank), stage, rank, step) for stage, rank in enumerate(ranks)]
     spans = timeline_as_far_as_it_goes([[recorded.action for recorded in stage.steps] for stage in stages])
     for stage, mine in zip(stages, spans, strict=True):

@@ -15,9 +15,9 @@ from typing import Any
 from megatronish.comm.history import Call, Event
 from megatronish.pipeline.schedules import Backward
 from megatronish.preflight.job import Job
-from megatronish.preflight.page_data import describe, in_words
+from megatronish.preflight.page_data import Describer, in_words
 from megatronish.preflight.stages import Stage, read_stages
-from megatronish.preflight.traffic import Tallies, group_sizes, handed_bytes
+from megatronish.preflight.traffic import group_sizes, handed_bytes
 
 UNIT = 1000
 """Microseconds of a trace that stand for a unit of time."""
@@ -46,7 +46,7 @@ def trace_events(job: Job, *, like: int = 0) -> list[TraceEvent]:
     slices: list[TraceEvent] = []
     for stage in read.stages:
         names += _names(job, stage)
-        slices += _slices(stage, Tallies(group_sizes(job, stage.rank)), end=read.makespan)
+        slices += _slices(stage, Describer(group_sizes(job, stage.rank)), end=read.makespan)
     # Of slices that begin together the longest first: the others lie inside it.
     return names + sorted(slices, key=lambda event: (event["ts"], event["pid"], event["tid"], -event["dur"]))
 
@@ -62,12 +62,12 @@ def _names(job: Job, stage: Stage) -> Iterator[TraceEvent]:
         yield meta("thread_sort_index", tid, sort_index=tid)
 
 
-def _slices(stage: Stage, tallies: Tallies, *, end: int) -> Iterator[TraceEvent]:
+def _slices(stage: Stage, describe: Describer, *, end: int) -> Iterator[TraceEvent]:
     def slice_(name: str, tid: int, start: float, length: float, **args: Any) -> TraceEvent:
         where = {"pid": stage.stage, "tid": tid, "ts": round(start * UNIT), "dur": round(length * UNIT)}
         return {"ph": "X", "name": name, **where, **({"args": args} if args else {})}
 
-    yield from _outside(slice_, "before the first action", describe(tallies, stage.before), 0, MESSAGE_SHARE)
+    yield from _outside(slice_, "before the first action", describe(stage.before), 0, MESSAGE_SHARE)
     for number, step in enumerate(stage.steps):
         if step.start is None or step.end is None:
             break
@@ -75,7 +75,7 @@ def _slices(stage: Stage, tallies: Tallies, *, end: int) -> Iterator[TraceEvent]
         args = {"inferred": True} if step.is_inferred else {}
         kind = "backward" if isinstance(step.action, Backward) else "forward"
         yield slice_(str(step.action), COMPUTE, step.start, step.end - step.start, kind=kind, **args)
-        if done := describe(tallies, step.parts):
+        if done := describe(step.parts):
             yield slice_(", ".join(done), COLLECTIVES, step.start, step.end - step.start, action=str(step.action))
         batches = [batch for events in step.exchanges for batch in batches_of(events)]
         room = ((following or step.end + 1) - step.end) * 0.9
@@ -83,7 +83,7 @@ def _slices(stage: Stage, tallies: Tallies, *, end: int) -> Iterator[TraceEvent]
         for place, batch in enumerate(batches):
             name = f"exchange with stage {batch[0].peer}"
             yield slice_(name, MESSAGES, step.end + place * length, length, calls=[_message(call) for call in batch])
-    yield from _outside(slice_, "after the last action, not to scale", describe(tallies, stage.after), end, 1)
+    yield from _outside(slice_, "after the last action, not to scale", describe(stage.after), end, 1)
 
 
 def _outside(slice_: Any, name: str, lines: Sequence[str], start: float, length: float) -> Iterator[TraceEvent]:

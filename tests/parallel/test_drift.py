@@ -36,6 +36,9 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 
 
+# A CPU without instructions for bfloat16 multiplies thirty times as slowly as in float32 (2.6 GFLOP/s seen).
+SMALLER = ("model.num_layers=4", "model.hidden_size=128", "model.mlp_size=352", "model.vocab_size=2048")
+
 IN_CI = ("as it is: tp2 pp2 dp2 sequence zero1", "pp4")
 
 
@@ -86,7 +89,7 @@ def test_fifty_steps_in_float32_stay_with_one_process(name: str, sequence_length
     "name", ["as it is: tp2 pp2 dp2 sequence zero1", pytest.param("tp2 dp2 zero1", marks=pytest.mark.parity_all)]
 )
 def test_thirty_steps_in_bfloat16_stay_with_one_process(name: str) -> None:
-    expected = losses_of(ONE_PROCESS, "bfloat16", 64, 30)
+    expected = losses_of((*ONE_PROCESS, *SMALLER), "bfloat16", 64, 30)
     # Activations are rounded to 8 bits (4e-3) where they are summed over tp, in another order: a few such roundings a layer, of
     # which a loss averages a thousand tokens; master weights and accumulated gradients are float32.
-    assert losses_of(LAYOUTS[name], "bfloat16", 64, 30) == pytest.approx(expected, rel=1e-2)
+    assert losses_of((*LAYOUTS[name], *SMALLER), "bfloat16", 64, 30) == pytest.approx(expected, rel=1e-2)

@@ -42,8 +42,6 @@ class Fault:
     also_on_cpu: bool | None = None
     """Whether it is found there too; None: it is looked for on GPUs alone."""
     microbatches: Microbatches = "two of each phase"
-    every_rank: bool = False
-    """The rank that is wrong is one that would be inferred: its groups are made before it has coordinates that can be asked."""
 
 
 FAULTS: dict[str, Fault] = {}

@@ -26,9 +26,7 @@ VerdictOf = Callable[[str, str], Verdict]
 def rehearse_with(name: str, device_kind: str, *, microbatches: Microbatches | None = None) -> Verdict:
     """The verdict on a job with a fault."""
     fault = FAULTS[name]
-    plan = Plan(
-        with_evaluation(fault.case), fault.case.world_size, device_kind, microbatches or fault.microbatches, fault.every_rank
-    )
+    plan = Plan(with_evaluation(fault.case), fault.case.world_size, device_kind, microbatches or fault.microbatches, False)
     with planted(fault):
         return check(rehearse_job(plan, processes=0).job, device_kind)
 

@@ -31,8 +31,8 @@ from tests.preflight.made_jobs import ACTIVATION, made_job
 
 SMALL = MeshShape(pp=4, dp=2, tp=2)
 TEXT = (
-    "rank 9 [pp2 dp0 tp1] skips all_reduce (sum) of 4 x float32 on tp at megatronish/trainer.py:68 train_step, which rank 8 "
-    "[pp2 dp0 tp0] does; </script><b>&amp;"
+    "rank 9 [pp2 dp0 tp1] skips all_reduce (sum) of 4 x float32 on tp at megatronish/trainer.py:68 train_step (train step 1 B3), "
+    "which rank 8 [pp2 dp0 tp0] does; </script><b>&amp;"
 )
 
 
@@ -189,6 +189,11 @@ def test_the_page_of_a_sound_job_opens_in_a_browser(chrome: Browser, tmp_path: P
     assert f"then sends {in_words(2 * ACTIVATION)} to stage 1" in said and said.endswith("\nrun")
     assert "stage 3: forward of microbatch 1\n" in point_at(page, stage=3, share=6.5 / 33)
     assert point_at(page, stage=3, share=32.5 / 33).startswith("stage 3: idle\nunits 27 to 33")
+    middle = point_at(page, stage=1, share=0.5)
+    page.evaluate("document.querySelector('button[aria-label=\"zoom in\"]').click()")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert point_at(page, stage=1, share=0.5) == middle
+    assert point_at(page, stage=3, share=0.99).startswith("stage 3: backward of microbatch 7")  # 60 % of 33 units: 6.6 to 26.4
     assert page.complaints() == []
     assert [url for url in page.requests() if not url.startswith("file://")] == []
 
@@ -203,6 +208,8 @@ def test_the_page_of_a_faulty_job_says_what_diverges_and_what_to_change(chrome: 
         assert part in first, part
     assert "4 more" in page.evaluate("document.querySelectorAll('.problem')[1].innerText")
     assert texts_of(page, "#stages .culprit") == ["stage 2"]
+    assert texts_of(page, "#mark") == ["▼ the first problem is in B3 of stage 2"]
+    assert "Training step 1 " in page.evaluate("document.querySelector('#schedule').innerText")
     assert point_at(page, stage=3, share=0.99).startswith("stage 3: waits for ever before F5")
     assert page.complaints() == []
 

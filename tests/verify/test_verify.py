@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from megatronish.comm.local_ranks import RankPool
 from megatronish.config_loader import load_config
 from megatronish.errors import UserError
+from megatronish.verify import command
 from megatronish.verify.check import Verdict, verify
 from megatronish.verify.command import PRELOAD, conclusion, main
 from megatronish.verify.fold import fold
@@ -115,6 +117,19 @@ def test_a_planted_fault_is_found_with_its_parameter_and_axis(pool: RankPool, fa
     assert not verdict.ok
     assert verdict.first_wrong is not None and first in verdict.first_wrong.what
     assert axis in conclusion(verdict)
+
+
+def test_the_command_ends_with_1_and_says_what_is_wrong_and_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = partial(run_with_fault, fault="the_input_gradient_is_not_summed_over_tp")
+    monkeypatch.setattr(command, "verify", partial(verify, run=run))
+    assert main(str(DEMO), [*PLAIN, "parallel.tensor=2"], None, 8, str(tmp_path / "result.json")) == 1
+    table, _, conclusion = capsys.readouterr().out.partition("first wrong: gradient of ")
+    assert "gradients, every parameter and step" in table and "WRONG" in table
+    assert "likely axis: parallel.tensor; the fault needs parallel.tensor=2" in conclusion
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["ok"] is False and result["needs"] == {"parallel.tensor": 2}
 
 
 @pytest.mark.slow
