@@ -169,7 +169,7 @@ def test_a_rehearsal_makes_the_calls_of_a_real_run() -> None:
     config = case.config().model_copy(update={"checkpoint": checkpoint})
     real = ranks(4).run(record_real_run, config, 4, recorded=True)
     for rank in range(4):
-        assert rehearse(config, rank=rank, world_size=4, device_kind="cpu") == real[rank]
+        assert rehearse(config, rank=rank, world_size=4, device_kind="cpu").calls == real[rank]
     # The save of step 1 takes one row of each rank after step 2, and ends before the next begins; the last is waited for.
     rows = [call for call in real[0] if call.operation == "all_gather" and call.dtype == "int64" and call.axis == "world"]
     width = rows[-1].num_elements

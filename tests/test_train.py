@@ -104,7 +104,11 @@ CASES = [
     Case("truncated .idx", ("train.idx: truncated",), overwrite("train.idx", lambda b: b[:-9]), ("--nproc", "2")),
     Case("truncated .bin", ("train.bin: truncated", "copy both files"), overwrite("train.bin", lambda b: b[:-3])),
     Case("empty .idx", ("train.idx: truncated, 0 bytes",), overwrite("train.idx", lambda b: b"")),
-    Case("too few tokens", ("too few", "data.sequence_length=100000"), arguments=("data.sequence_length=100000",)),
+    Case(
+        "too few tokens",
+        ("data.train", "too few", "data.sequence_length=100000"),
+        arguments=("data.sequence_length=100000", "data.validation=null"),
+    ),
     Case("held-out set too small", ("heldout", "too few"), small_heldout, ("data.sequence_length=64",)),
     Case("token outside", ("token 500 in document 7 at offset 2", "vocabulary of 101"), token_outside),
     Case(

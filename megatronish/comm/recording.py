@@ -169,14 +169,15 @@ def register_recording_backend(recorder: Recorder, *, wrap_gloo: bool) -> str:
 
 
 @contextmanager
-def rehearsed_world(rank: int, world_size: int, recorder: Recorder) -> Iterator[None]:
+def rehearsed_world(rank: int, world_size: int, recorder: Recorder | None = None) -> Iterator[Recorder]:
     """Be rank `rank` of a job of `world_size` ranks that does not exist: calls are recorded, nothing is sent. For meta tensors."""
+    recorder = recorder or Recorder()
     with recording(recorder.history):
         if world_size > 1:
             backend = register_recording_backend(recorder, wrap_gloo=False)
             dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=world_size)
         try:
-            yield
+            yield recorder
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

@@ -1,8 +1,8 @@
 """Rehearse one pipeline stage: a few ranks run, the others are inferred from what these asked their coordinates.
 
 A rank is inferred from one that ran if both would have answered every question alike (`coordinates.py`). In any case the first, an
-inner and the last rank of each axis run: in the first, the middle and the last stage every combination of them over the axes, in
-the other stages the three in which all axes agree. If two of these did different things though they answered alike, questions do
+inner and the last rank of each axis run: in the first and the last stage every combination of them over the axes, in the other
+stages the three in which all axes agree. If two of these did different things though they answered alike, questions do
 not tell: then every rank of the stage runs. Up to where its groups are made, every rank runs in any case.
 """
 
@@ -71,7 +71,7 @@ def ranks_of_stage(shape: MeshShape, stage: int) -> list[int]:
 def corners(shape: MeshShape, stage: int) -> list[int]:
     """The ranks of a stage that run in any case."""
     places = {axis: (0, min(1, size - 1), size - 1) for axis in INNER_AXES for size in [getattr(shape, axis)]}
-    every_combination = stage in (0, shape.pp // 2, shape.pp - 1)
+    every_combination = stage in (0, shape.pp - 1)
     coordinates = list(itertools.product(*places.values()) if every_combination else zip(*places.values(), strict=True))
     return sorted({shape.rank_of({"pp": stage, **dict(zip(places, at, strict=True))}) for at in coordinates})
 

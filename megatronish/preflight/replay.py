@@ -2,8 +2,8 @@
 
 A forward or backward of one chunk does the same in every microbatch of one phase of the schedule: warm-up (before the first
 backward), steady, cool-down (after the last forward). The first two of each phase run, and their events are compared; equal events
-stand for the rest. A chunk's first forward, first backward and last backward of a step always run: parameters arrive there, and
-gradients leave.
+stand for the rest. A chunk's first backward of a step is a phase of its own. Its first forward and last backward always run:
+parameters arrive there, and gradients leave.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def kinds_of(steps: Sequence[Step]) -> dict[Step, Kind | None]:
     for i, action in enumerate(actions):
         key = (type(action), action.chunk)
         phase = "warm-up" if i < first_backward else "steady" if i <= last_forward else "cool-down"
-        always = action is first[key] or action is last.get(key)
+        is_first = action is first[key]
+        phase = "first" if is_first else phase
+        always = action is last.get(key) or (is_first and isinstance(action, Forward))
         kinds[action] = None if always else Kind(type(action).__name__, action.chunk, phase, trains)
     return kinds
 

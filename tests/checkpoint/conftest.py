@@ -10,7 +10,7 @@ from tests.checkpoint.support import ThreadGroup, gather_among_threads
 
 @pytest.fixture(autouse=True)
 def ranks_may_be_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(x: Tensor, group: Group) -> Tensor:
-        return gather_among_threads(x, group) if isinstance(group, ThreadGroup) else all_gather(x, group)
+    def gather(x: Tensor, group: Group, *, what: str) -> Tensor:
+        return gather_among_threads(x, group) if isinstance(group, ThreadGroup) else all_gather(x, group, what=what)
 
     monkeypatch.setattr(exchange, "all_gather", gather)

@@ -33,7 +33,7 @@ class ThreadGroup(Group):
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
 
-def gather_among_threads(x: Tensor, group: Group) -> Tensor:
+def gather_among_threads(x: Tensor, group: Group, *, what: str = "") -> Tensor:
     """Stands for `comm.all_gather` where ranks are threads."""
     assert isinstance(group, ThreadGroup)
     meeting = group.meeting

@@ -97,7 +97,7 @@ def test_a_rehearsal_saves_meta_tensors_and_writes_nothing(tmp_path: Path, rank:
     layout = Layout(2, 3)
     asked: list[tuple[int, ...]] = []
 
-    def gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    def gather(x: torch.Tensor, group: Group, *, what: str) -> torch.Tensor:
         asked.append(tuple(x.shape))
         return x.expand(group.size, -1)
 

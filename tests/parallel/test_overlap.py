@@ -62,9 +62,9 @@ def events() -> Iterator[list[str]]:
         return input_gradient(dy, weight)
 
     with (
-        patch.object(tensor, "start_all_gather", lambda x, group: start("gather", torch.cat((x, x)))),
-        patch.object(tensor, "start_reduce_scatter", lambda x, group: start("sum", x[: S // 2])),
-        patch.object(tensor, "start_all_reduce", lambda x, group: start("sum", x)),
+        patch.object(tensor, "start_all_gather", lambda x, group, what: start("gather", torch.cat((x, x)))),
+        patch.object(tensor, "start_reduce_scatter", lambda x, group, what: start("sum", x[: S // 2])),
+        patch.object(tensor, "start_all_reduce", lambda x, group, what: start("sum", x)),
         patch.object(tensor, "linear_input_gradient", noted_input_gradient),
     ):
         yield noted
