@@ -164,14 +164,31 @@ class OneAtATime(_World):
                 yield self.where(rank)
 
 
-class Streams(_World):
-    """NCCL: a group is one in-order stream; a unit starts when it is first in its stream, and is done when all have started."""
+class _Asynchronous(_World):
+    """Calls start units and go on; a wait blocks."""
 
     def __init__(self, quotient: Quotient, programs: Sequence[Program]) -> None:
         super().__init__(quotient, [program.groups for program in programs])
         self.programs = programs
         self.units = [units for program in programs for units in program.units]
         """By stream: the op of each unit."""
+
+    def run(self) -> bool:
+        """Whether all programs end."""
+        while self.ready:
+            self._advance(self.ready.popleft())
+        return all(position == len(program.steps) for position, program in zip(self.position, self.programs, strict=True))
+
+    def _advance(self, number: int) -> None:
+        """Go on with a class until it is blocked, or ends."""
+        raise NotImplementedError
+
+
+class Streams(_Asynchronous):
+    """NCCL: a group is one in-order stream; a unit starts when it is first in its stream, and is done when all have started."""
+
+    def __init__(self, quotient: Quotient, programs: Sequence[Program]) -> None:
+        super().__init__(quotient, programs)
         self.posted = [0] * len(self.owner)
         self.done = [0] * len(self.owner)
         self._here = [0] * self.num_instances
@@ -179,12 +196,6 @@ class Streams(_World):
         self._starting: list[int] = []
         self._blocked: list[int] = [-1] * len(self.owner)
         """By stream: the unit that its owner is blocked on."""
-
-    def run(self) -> bool:
-        """Whether all programs end."""
-        while self.ready:
-            self._advance(self.ready.popleft())
-        return all(position == len(program.steps) for position, program in zip(self.position, self.programs, strict=True))
 
     def _advance(self, number: int) -> None:
         steps, base, position = self.programs[number].steps, self.first_stream[number], self.position[number]
@@ -254,15 +265,12 @@ class Streams(_World):
                 yield self._first(rank, theirs - self.first_stream[self.quotient.class_of[rank]])
 
 
-class Posted(_World):
+class Posted(_Asynchronous):
     """Gloo: calls are posted and do not block. A collective is done when all members have posted it, a message when both ends have;
     messages pair up by partner and tag."""
 
     def __init__(self, quotient: Quotient, programs: Sequence[Program]) -> None:
-        super().__init__(quotient, [program.groups for program in programs])
-        self.programs = programs
-        self.units = [units for program in programs for units in program.units]
-        """By stream: the op of each unit."""
+        super().__init__(quotient, programs)
         self.collectives = [0] * len(self.owner)
         """By stream: collectives posted."""
         self._done = [0] * self.num_instances
@@ -272,12 +280,6 @@ class Posted(_World):
         self._calls: list[list[tuple[int, int, int, int]]] = [[] for _ in self.units]
         """By stream, of each call: (instance, -1, 0, number of the collective), or the key of the counterpart and its number."""
         self._sleeping: dict[tuple[int, int, int], list[int]] = {}
-
-    def run(self) -> bool:
-        """Whether all programs end."""
-        while self.ready:
-            self._advance(self.ready.popleft())
-        return all(position == len(program.steps) for position, program in zip(self.position, self.programs, strict=True))
 
     def _advance(self, number: int) -> None:
         steps, base, position = self.programs[number].steps, self.first_stream[number], self.position[number]
