@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/installed.stamp
 # Files of tests run side by side: much of a test's time is waiting for processes to start.
 WORKERS ?= 2
-AT_ONCE := -n $(WORKERS) --dist loadfile
+AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .PHONY: setup test lint parity full-width demo

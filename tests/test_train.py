@@ -121,7 +121,7 @@ CASES = [
     Case("not a tokenizer", ("config.yaml: not a tokenizer.json",), arguments=("data.tokenizer={folder}/config.yaml",)),
     Case("no config", ("elsewhere.yaml",), arguments=("elsewhere.yaml",)),
     Case("world size", ("parallel.tensor=2", "8 ranks", "there are 6"), arguments=(*THREE_D, "--nproc", "6")),
-    Case("one process for eight ranks", ("8 ranks", "there are 1"), arguments=THREE_D),
+    Case("one process for eight ranks", ("8 ranks", "there is 1"), arguments=THREE_D),
     Case("file in the way", ("cannot write the run folder", "run_root"), file_in_the_way),
     Case("file in the way of ranks", ("cannot write the run folder", "run_root"), file_in_the_way, ("--nproc", "2")),
     Case("RANK alone", ("sets RANK but not LOCAL_RANK, WORLD_SIZE",), environment=(("RANK", "0"),)),
