@@ -16,6 +16,7 @@ from megatronish.data.gpt_dataset import TokenDataset, TrainingDataset
 from megatronish.data.open import open_sets
 from megatronish.data.tokenizer import load_tokenizer
 from megatronish.errors import Problems
+from megatronish.observe.start_clock import StartClock
 from megatronish.observe.wandb_run import require_wandb
 from megatronish.run_folder import RunFolder
 from megatronish.text_measure import TextMeasure
@@ -77,6 +78,7 @@ class Surroundings:
     device_copy: Callable[[Tensor], Tensor] | None = None
     """None: to the mesh's device."""
     ranks_per_host: int = 1
+    clock: StartClock = field(default_factory=StartClock)
     adapt: Callable[[Assembly], None] | None = None
     """What a rehearsal changes in what was built."""
 

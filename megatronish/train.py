@@ -28,6 +28,7 @@ from megatronish.observe.log import setup_logging
 from megatronish.observe.metrics import MetricsWriter, cut_rows
 from megatronish.observe.post_mortem import PostMortem, Who
 from megatronish.observe.progress import TrainingProgress
+from megatronish.observe.start_clock import START_UP, StartClock
 from megatronish.observe.wandb_run import WandbRun
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import Place, connect, disconnect, find_place
@@ -41,6 +42,8 @@ from megatronish.training_samples import FILE_NAME as SAMPLES_FILE
 
 def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
     """Train, in this process or in `nproc` new ones; the exit code. UserError for bad input, before anything is started."""
+    clock = StartClock()
+    clock.end("import")
     place = find_place()
     if must_launch(place, nproc):
         config = load_config(config_path, overrides, world_size=nproc)
@@ -54,12 +57,16 @@ def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
         guard.run_folder = folder.path
         streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
         datasets = open_datasets(config)
+        clock.end("config and data")
         with listening_post(config, folder, place):
             device = connect(place)
+            clock.end("rendezvous")
             world = world_group(device_kind=device.type)
             require_agreement(run_facts(config, datasets), world=world, device=device)
+            clock.end("agreement")
             mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
-            train_in_folder(config, mesh, datasets, place)
+            clock.end("groups")
+            train_in_folder(config, mesh, datasets, place, clock)
             disconnect()
     return 0
 
@@ -71,7 +78,7 @@ def listening_post(config: Config, folder: RunFolder, place: Place) -> PostMorte
     return PostMortem(folder.path, who, hang_seconds=config.observe.hang_seconds)
 
 
-def train_in_folder(config: Config, mesh: Mesh, datasets: Datasets, place: Place) -> None:
+def train_in_folder(config: Config, mesh: Mesh, datasets: Datasets, place: Place, clock: StartClock) -> None:
     """One rank's whole run in its run folder. Collective over the job."""
     folder = RunFolder.of(config)
     if mesh.rank == 0:
@@ -80,7 +87,7 @@ def train_in_folder(config: Config, mesh: Mesh, datasets: Datasets, place: Place
     log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
     log.info("%s", place.describe())
     token = f"{place.run_id}/{place.restart}"
-    around = Surroundings(folder, log, token=token, ranks_per_host=place.local_world_size)
+    around = Surroundings(folder, log, token=token, ranks_per_host=place.local_world_size, clock=clock)
     run_training(config, mesh, datasets, around)
 
 
@@ -112,8 +119,10 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
             run = assemble(config, mesh, stack.enter_context(loader))
             if around.adapt is not None:
                 around.adapt(run)
+        around.clock.end("build")
         with phase("resume"):
             resumed = resume_or_draw(run, around.folder, datasets.train, log)
+        around.clock.end("resume")
         done, early_stopping = resumed.step, EarlyStopping(config.train.patience)
         early_stopping.restore(resumed.numbers.get("early_stopping", {}))
         if is_writer:
@@ -128,6 +137,7 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         peak = peak_tflops(config, mesh, around.ranks_per_host)
         with phase("dry batch"):
             loss = dry_batch(run, done + 1)
+        around.clock.end("dry batch")
         log.info("dry batch: loss %.4f; every parameter, the loss and the gradients are finite", loss)
         metrics = progress = None
         if is_writer:
@@ -136,7 +146,11 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         after = AfterStep(run, datasets, around, share, metrics, progress, peak, early_stopping)
         stack.callback(after.close)
         after.begin(done + 1)
+        around.clock.end("evaluation")
         for result in run.trainer.fit(done + 1, config.num_steps):
+            if result.step == done + 1:
+                around.clock.end("first step")
+                log.info("%s%s", START_UP, around.clock.describe())
             if not after(result):
                 break
         after.saver.finish()

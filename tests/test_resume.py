@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatronish.config_loader import load_config
+from megatronish.observe.start_clock import StartClock
 from megatronish.parallel.mesh import build_mesh
 from megatronish.parallel.rendezvous import Place
 from megatronish.resume import differing_settings
@@ -43,7 +44,8 @@ def train_rank(rank: int, config_file: str, overrides: tuple[str, ...], world_si
     config = load_config(config_file, overrides, world_size=world_size)
     mesh = build_mesh(mesh_shape(config, world_size), rank, device=torch.device("cpu"))
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        train.train_in_folder(config, mesh, train.open_datasets(config), Place("tests", rank, rank, world_size, world_size))
+        place = Place("tests", rank, rank, world_size, world_size)
+        train.train_in_folder(config, mesh, train.open_datasets(config), place, StartClock())
     return stderr.getvalue()
 
 

@@ -222,6 +222,53 @@ def history(
         write_json(json_file, result)
 
 
+@app.command()
+def startup(
+    config: ConfigFile = Path("configs/demo_cpu.yaml"),
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each number of ranks is started; medians are reported.")] = 3,
+    folder: Annotated[Path, typer.Option(help="For run folders; what is written there is removed.")] = Path("runs"),
+    json_file: JsonFile = None,
+) -> None:
+    """From a process's start to its first step, by phase, on 1, 4 and 8 local ranks, and what that says of 1,024.
+
+    Example: megatronish bench startup --rounds 1
+    """
+    from rich.progress import Progress
+
+    bench: Any = importlib.import_module("megatronish.bench.startup")
+    scratch = importlib.import_module("megatronish.bench.workers").scratch_folder
+    loaded = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [])
+    with scratch(folder, "--folder") as place, Progress(transient=True) as progress:
+        task = progress.add_task("starts", total=rounds * len(bench.LAYOUTS))
+        request = bench.StartupBench(str(config), tuple(overrides or ()), loaded, rounds, place.resolve())
+        result = bench.measure(request, lambda: progress.advance(task))
+    _print_startup(result)
+    if json_file is not None:
+        write_json(json_file, result)
+
+
+def _print_startup(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = result["ranks"]
+    title = f"seconds until the first step: the slowest rank (CPU), {result['cores']} cores, {result['device']}, {result['date']}"
+    table = Table("phase", *(f"{size} ranks" if size > 1 else "1 rank" for size in rows), "growth a rank", title=title)
+    growth = result["estimate"]["seconds_a_rank"]
+    for phase in next(iter(rows.values())):
+        cells = (f"{of_size[phase]['most']:.2f} ({of_size[phase]['cpu']:.2f})" for of_size in rows.values())
+        table.add_row(phase, *cells, f"{growth[phase] * 1000:.1f} ms" if phase in growth else "-")
+    totals = (f"{sum(row['most'] for row in of_size.values()):.2f}" for of_size in rows.values())
+    table.add_row("all", *totals, "")
+    console, estimate = Console(width=132), result["estimate"]
+    console.print(table)
+    console.print(
+        f"{result['width']:,} ranks with a core each, at most: {estimate['alone']:.1f} s by themselves + "
+        f"{estimate['together']:.1f} s together = {estimate['seconds']:.1f} s"
+    )
+
+
 def _print_pipeline(results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table

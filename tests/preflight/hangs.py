@@ -23,6 +23,7 @@ from megatronish.config_loader import load_config
 from megatronish.data.gpt_dataset import GPTDataset
 from megatronish.observe import post_mortem
 from megatronish.observe.post_mortem import SIGNAL
+from megatronish.observe.start_clock import StartClock
 from megatronish.optim.zero import ZeroAdamW
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import Place
@@ -173,7 +174,7 @@ def run_rank(rank: int, world_size: int, config_path: str, overrides: list[str],
             time.sleep(600)
         mesh = build_mesh(train.mesh_shape(config, world_size), rank, device=device)
         fault(mesh, culprit)
-        train.train_in_folder(config, mesh, datasets, place)
+        train.train_in_folder(config, mesh, datasets, place, StartClock())
 
 
 class HungRun:
