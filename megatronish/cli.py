@@ -267,13 +267,29 @@ def bench(context: typer.Context) -> None:
 def main() -> None:
     """Entry point of the `megatronish` command."""
     try:
-        app(prog_name="megatronish")
+        app(prog_name="megatronish", args=_without_local_rank(sys.argv[1:]))
     except (UserError, RunStopped) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(exit_code_of(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """Take out the `--local_rank=N` that deepspeed puts before everything else, and older launchers anywhere. UserError if the
+    environment says another."""
+    for position, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            rest = arguments[position + 1 :]
+            if not equals and rest:
+                value, rest = rest[0], rest[1:]
+            if not value.isdecimal():
+                raise UserError(f"{name} {value}: must be a number >= 0")
+            importlib.import_module("megatronish.parallel.rendezvous").find_place(local_rank=int(value))
+            return arguments[:position] + rest
+    return arguments
 
 
 def _finish(outcome: int | None) -> None:
