@@ -47,10 +47,15 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @config_app.command("print")
-def print_config(config: ConfigFile, overrides: Overrides = None) -> None:
+def print_config(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_folder: Annotated[bool, typer.Option("--run-folder", help="Print the run's folder alone, for scripts.")] = False,
+) -> None:
     """Print the resolved config: base files merged, overrides applied, defaults filled in."""
     loader = importlib.import_module("megatronish.config_loader")
-    typer.echo(loader.to_yaml(loader.load_config(config, overrides or [])), nl=False)
+    resolved = loader.load_config(config, overrides or [])
+    typer.echo(Path(resolved.run_root) / resolved.name if run_folder else loader.to_yaml(resolved), nl=run_folder)
 
 
 @config_app.command("check")

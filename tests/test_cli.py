@@ -81,6 +81,11 @@ def test_a_local_rank_that_the_environment_does_not_say_is_refused(option: list[
     assert result.returncode == 2 and result.stderr.startswith(f"error: {words}"), result.stderr
 
 
+def test_config_print_knows_the_runs_folder(root: Path) -> None:
+    result = megatronish("config", "print", str(root / "configs/demo_cpu.yaml"), "name=other", "run_root=/a b", "--run-folder")
+    assert result.stdout == "/a b/other\n"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "lines"),
     [
