@@ -172,6 +172,55 @@ def preflight(
 
 
 @app.command()
+def submit(
+    config: ConfigFile,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of a node.")] = 8,
+    cpus_per_gpu: Annotated[int, typer.Option(min=1, help="CPU cores of a rank.")] = 8,
+    time: Annotated[str, typer.Option(help="The job's time limit; it saves and queues itself again before.")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
+    account: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--sbatch", metavar="--X=Y", help="Any other option of sbatch.")] = None,
+    device: Annotated[str, typer.Option(help="What ranks run on: cuda or cpu.")] = "cuda",
+    no_preflight: Annotated[bool, typer.Option("--no-preflight", help="Do not rehearse the job first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and let Slurm check it; submit nothing.")] = False,
+) -> None:
+    """Submit a run to Slurm: check the config, rehearse the job unless it has a certificate, copy code and config into the run
+    folder, and queue launch/slurm/pretrain.sbatch with its values filled in.
+
+    Example: megatronish submit configs/gpt3_175b.yaml --nodes 128 --partition gpu --dry-run
+    """
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device {device}: must be cuda or cpu")
+    command = importlib.import_module("megatronish.submit")
+    request = command.Request(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        cpus_per_gpu=cpus_per_gpu,
+        time=time,
+        partition=partition,
+        account=account,
+        exclude=exclude,
+        options=tuple(option or ()),
+        device_kind=device,
+        preflight=not no_preflight,
+        dry_run=dry_run,
+    )
+    _finish(command.main(str(config), overrides or [], request))
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")]) -> None:
+    """A run's job, step, loss, tokens a second, restarts and last checkpoint.
+
+    Example: megatronish status runs/demo_cpu
+    """
+    _finish(importlib.import_module("megatronish.status").main(run))
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")],
     overrides: Overrides = None,

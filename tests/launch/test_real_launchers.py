@@ -13,7 +13,7 @@ import pytest
 
 from tests.launch.cluster import Cluster
 from tests.launch.conftest import SmallRun
-from tests.small_run import clean_environment, error_lines, losses
+from tests.small_run import clean_environment, error_lines, losses, wait_until
 
 # Eight processes that import torch on two cores that others use too.
 pytestmark = pytest.mark.timeout(900)
@@ -69,6 +69,31 @@ def test_two_torchrun_agents_give_the_losses_of_one_machine(
     assert losses(tmp_path / "tiny") == first(small_run, STEPS)
     # Each agent's task is one of srun's; torchrun's word counts.
     assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank % 4} of 4), launcher: torchrun" for rank in range(8)]
+
+
+def test_out_of_time_is_a_save_and_a_requeue_and_the_same_losses(cluster: Cluster, small_run: SmallRun, tmp_path: Path) -> None:
+    # Submitted from elsewhere: the job runs from its own copy of the code.
+    config, run = str(small_run.config), tmp_path / "tiny"
+    megatronish = (sys.executable, "-m", "megatronish")
+    options = ("--nodes", "4", "--gpus-per-node", "2", "--cpus-per-gpu", "1", "--device", "cpu", "--no-preflight")
+    submitted = cluster.command(*megatronish, "submit", config, f"run_root={tmp_path}", *options, cwd=tmp_path, timeout=120)
+    assert submitted.returncode == 0, submitted.stderr
+    job = int(submitted.stdout.split()[1].rstrip(":"))
+    log, metrics = run / f"logs/job-{job}.log", run / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, seconds=600, what="step 2")
+    # As Slurm does before the time limit, under --signal=B:USR1@600.
+    assert cluster.command("scancel", "--batch", "--signal=USR1", str(job), cwd=tmp_path).returncode == 0
+    wait_until(lambda: cluster.job(job).get("Restarts") == "1", seconds=120, what="a requeue")
+    text = log.read_text()
+    assert "out of time, saved; back into the queue" in text and "life 2" not in text, text
+    before = max(losses(run))
+    assert before < 30 and (run / f"checkpoints/step-{before:08d}").is_dir()
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    assert losses(run) == small_run.losses and "life 2" in log.read_text()
+    status = cluster.command(*megatronish, "status", str(run), cwd=tmp_path)
+    assert f"{job} COMPLETED" in status.stdout and "restarts 1" in status.stdout, status.stdout + status.stderr
+    assert "30 of 30" in status.stdout and f"{small_run.losses[30]:.4f}" in status.stdout
 
 
 def test_a_shell_of_sbatch_is_no_rank_and_its_tasks_are(cluster: Cluster, root: Path, tmp_path: Path) -> None:
