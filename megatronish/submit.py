@@ -158,7 +158,7 @@ def copy_code(target: Path) -> None:
     """The package, native parts too, and launch/."""
     root = checkout()
     for name in ("megatronish", "launch"):
-        shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(root / name, target / name)  # with what Python has compiled: not every rank must do that again
 
 
 def test_only(script: str) -> int:

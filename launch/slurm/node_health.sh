@@ -1,18 +1,18 @@
 #!/bin/bash
 # Is this node fit to train? One line, `HOST ok` or `HOST bad: REASON; REASON`, and exit code 0. Needs no root.
-# GPUS: how many it must have (not looked at where it is 0). NODE_CHECK: a command of the site's own; bad if it fails.
+# EXPECT_GPUS: how many it must have (not looked at where it is 0). NODE_CHECK: a command of the site's own; bad if it fails.
 set -u
 bad=()
 
-if [ "${GPUS:-0}" -gt 0 ] && command -v nvidia-smi > /dev/null; then
+if [ "${EXPECT_GPUS:-0}" -gt 0 ] && command -v nvidia-smi > /dev/null; then
     # A GPU that has fallen off the bus makes nvidia-smi hang, or list fewer.
     if ! listed=$(timeout 30 nvidia-smi --query-gpu=ecc.errors.uncorrected.volatile.total --format=csv,noheader); then
         bad+=("nvidia-smi does not answer")
     else
-        [ "$(wc -l <<< "$listed")" -eq "$GPUS" ] || bad+=("$(wc -l <<< "$listed") GPUs, not $GPUS")
+        [ "$(wc -l <<< "$listed")" -eq "$EXPECT_GPUS" ] || bad+=("$(wc -l <<< "$listed") GPUs, not $EXPECT_GPUS")
         ! grep -q '[1-9]' <<< "$listed" || bad+=("uncorrected memory errors since the driver was loaded")
     fi
-elif [ "${GPUS:-0}" -gt 0 ]; then
+elif [ "${EXPECT_GPUS:-0}" -gt 0 ]; then
     bad+=("no nvidia-smi")
 fi
 # Ranks of a node talk through shared memory.

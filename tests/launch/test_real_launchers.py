@@ -127,7 +127,8 @@ def test_preflight_names_the_bad_node_and_tries_the_others_together(cluster: Clu
     shutil.copytree(root / "launch", tmp_path / "launch")
     job = cluster.submit(
         *TASKS, f"--output={tmp_path}/log", "launch/slurm/preflight.sbatch", cwd=tmp_path,
-        PYTHON=sys.executable, PYTHONPATH=str(root), NODE_CHECK='[ "$(hostname)" != node003 ] || { echo Xid 79; exit 1; }',
+        PYTHON=sys.executable, PYTHONPATH=str(root), EXPECT_GPUS="0",
+        NODE_CHECK='[ "$(hostname)" != node003 ] || { echo Xid 79; exit 1; }',
     )  # fmt: skip
     ended, text = cluster.wait(job), (tmp_path / "log").read_text()
     assert ended["ExitCode"] == "1:0", text
