@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/installed.stamp
+# Files of tests run side by side: much of a test's time is waiting for processes to start.
+WORKERS ?= 2
+AT_ONCE := -n $(WORKERS) --dist loadfile
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .PHONY: setup test lint parity full-width demo
@@ -21,10 +24,10 @@ lint: setup
 
 test: lint
 	sh tests/install_tools.sh
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(AT_ONCE)
 
 parity: setup
-	$(VENV)/bin/python -m pytest -m parity_all
+	$(VENV)/bin/python -m pytest $(AT_ONCE) --dist load -m parity_all
 
 full-width: setup
 	$(VENV)/bin/python -m pytest -m full_width

@@ -192,6 +192,8 @@ class AfterStep:
             return
         started = streams.wall_time(mesh.device)
         size = config.train.global_batch_size
+        if self.progress is not None:
+            self.progress.print(f"step {step}: evaluating {config.train.eval_steps} batches of {size} held-out samples")
         batches = evaluation_batches(validation, num_batches=config.train.eval_steps, global_batch_size=size, **self.share)
         loss_sum, num_targets = read_values(torch.stack(self.run.trainer.evaluate(batches)), [1.0, 1.0])
         self.early_stopping.update(loss_sum / num_targets)

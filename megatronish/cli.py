@@ -140,7 +140,7 @@ def preflight(
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the job.")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of a node.")] = 8,
     world: Annotated[int | None, typer.Option(min=1, help="Ranks, instead of --nodes. [default: as the config says]")] = None,
-    device: Annotated[str, typer.Option(help="cuda: rules of NCCL; cpu: of gloo.")] = "cuda",
+    device: Annotated[str, typer.Option(metavar="cuda|cpu", help="cuda: rules of NCCL; cpu: of gloo.")] = "cuda",
     all_ranks: Annotated[bool, typer.Option("--all-ranks", help="Run every rank; none is inferred.")] = False,
     all_microbatches: Annotated[bool, typer.Option("--all-microbatches", help="Run every microbatch; none is inferred.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="For report and certificate. [default: RUN/preflight]")] = None,
@@ -224,7 +224,9 @@ def status(run: Annotated[Path, typer.Argument(help="A run's folder, such as run
 def generate(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")],
     overrides: Overrides = None,
-    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What to continue; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What to continue, one or several; required without --prompts-file.")
+    ] = None,
     prompts_file: Annotated[Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation, in tokens.")] = 100,
     temperature: Annotated[float | None, typer.Option(help="Below 1: likelier tokens; 0: only the likeliest. [default: 1]")] = None,

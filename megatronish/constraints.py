@@ -313,8 +313,8 @@ RANKS = (
         holds=lambda c: c.given_world == c.model_ranks * (c.parallel.data or 0),
         message=lambda c: (
             f"parallel.tensor={c.parallel.tensor} x parallel.pipeline={c.parallel.pipeline} x parallel.data="
-            f"{c.parallel.data} is {c.model_ranks * (c.parallel.data or 0)} ranks, but there are {c.given_world}; "
-            + _data_advice(c)
+            f"{c.parallel.data} is {c.model_ranks * (c.parallel.data or 0)} ranks, but "
+            f"{_there_are(c.given_world)}; {_data_advice(c)}"
         ),
     ),
     Constraint(
@@ -585,11 +585,15 @@ def _twice(c: Layout) -> str:
     return next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
 
 
+def _there_are(world: int | None) -> str:
+    return "there is 1" if world == 1 else f"there are {world}"
+
+
 def _data_advice(c: Layout) -> str:
-    world = c.given_world or 0
+    world, asked = c.given_world or 0, c.model_ranks * (c.parallel.data or 0)
     if world % c.model_ranks == 0 and world:
-        return f"set parallel.data to {world // c.model_ranks}, or leave it out"
-    return f"start a multiple of {c.model_ranks} ranks, or change parallel.tensor or parallel.pipeline"
+        return f"start {asked}, or set parallel.data to {world // c.model_ranks}, or leave it out"
+    return f"start {asked} ranks (on this machine: --nproc {asked}), or change parallel.tensor, parallel.pipeline or parallel.data"
 
 
 def _profile(c: Layout) -> tuple[int, int]:

@@ -61,6 +61,8 @@ def run_demo(overrides: list[str]) -> int:
     prepare_data(data, vocab_size=config.model.vocab_size, stages=stages)
     run_dir = RunFolder.of(config).path
     code = train(config, str(config_path), overrides, stages=stages)
+    if code == 130:
+        raise KeyboardInterrupt
     if code != 0:
         stages.say(f"training ended with exit code {code}; {run_dir / 'logs'} says why, and running this again resumes")
         return code

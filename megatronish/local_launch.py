@@ -43,6 +43,8 @@ def run_local(arguments: list[str], nproc: int) -> int:
         monitor_interval=0.1,
     )
     pass_on_requests()
+    if nproc > 1:
+        print(f"starting {nproc} local processes", file=sys.stderr)
     try:
         elastic_launch(config, sys.executable)("-m", "megatronish", *arguments)
     except ChildFailedError as error:

@@ -143,7 +143,8 @@ def _alone(out: Tensor, x: Tensor) -> Pending:
 
 def _swap(mine: Tensor, theirs: Tensor, group: Group, what: str) -> tuple[Started, ...]:
     """Exchange equal tensors with the other rank of a pair. Gloo sends are buffered, so the order cannot deadlock."""
-    place, batch = 1 - group.index, history.current().next_batch(group.axis)
+    # Asked, not computed: a rehearsal infers a rank from one that answers alike, and these two do not.
+    place, batch = (1 if group.index == 0 else 0), history.current().next_batch(group.axis)
     note = {"peer": place, "tag": COLLECTIVE_TAG, "batch": batch, "what": what}
     number = group.note("send", mine, **note)
     send = group.started(dist.isend(mine, group.ranks[place], group=group.handle, tag=COLLECTIVE_TAG), number)

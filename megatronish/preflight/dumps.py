@@ -162,36 +162,44 @@ class Evidence:
         return lines[:1] + [line.strip() for line in frames if line.startswith("  File")]
 
 
+class NoDumps(UserError):
+    """No rank has written anything, or those that did have gone on and taken it back."""
+
+
 def collect(run: Path) -> Evidence:
-    """The dumps of the newest launch that left any. UserError without any."""
+    """The dumps of the newest launch that left any. NoDumps without any, and another UserError where one cannot be read."""
     if not run.is_dir():
         raise UserError(f"{run}: there is no such folder; give a run's, such as runs/demo_cpu")
-    paths = sorted((run / FOLDER).glob("rank-?????.json"))
-    if not paths:
-        raise UserError(f"{run / FOLDER} holds no dumps: {HOW_TO_ASK}")
-    dumps = [_read(path) for path in paths]
+    found = (_read(path) for path in sorted((run / FOLDER).glob("rank-?????.json")))
+    dumps = [dump for dump in found if dump is not None]
+    if not dumps:
+        raise NoDumps(f"{run / FOLDER} holds no dumps: {HOW_TO_ASK}")
     newest = max(dumps, key=lambda dump: dump.time)
     launch = newest.launch
     processes = {}
     for rank in range(newest.shape.num_ranks):
         for path in (process_path(run, rank), dump_path(run, rank)):
-            values = _load(path) if path.exists() else {}
-            if values.get("launch") == launch:
+            values = _load(path)
+            if values is not None and values.get("launch") == launch:
                 processes[rank] = values
     return Evidence(run, launch, newest.shape, {dump.rank: dump for dump in dumps if dump.launch == launch}, processes)
 
 
-def _read(path: Path) -> Dump:
+def _read(path: Path) -> Dump | None:
+    values = _load(path)
     try:
-        return Dump(_load(path))
+        return None if values is None else Dump(values)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is not a dump of this version of megatronish ({why}): remove it") from error
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any] | None:
+    """None: it is not there. A rank that was only slow takes its dump back, at any moment."""
     try:
         values = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it") from error
     if not isinstance(values, dict):

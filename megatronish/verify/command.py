@@ -29,7 +29,7 @@ def main(config_path: str, overrides: list[str], world_size: int | None, max_ran
     console = console if console.is_terminal else Console(highlight=False, width=160)
     console.print(describe(config, folded), soft_wrap=True)
     with RankPool(preload=PRELOAD) as pool, console.status("starting ranks") as status:
-        verdict = verify(folded, pool, tell=status.update)
+        verdict = verify(folded, pool, tell=status.update if console.is_terminal else console.print)
     console.print(table(verdict.checks))
     console.print(conclusion(verdict), soft_wrap=True, markup=False)
     if json_path is not None:

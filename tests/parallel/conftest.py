@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.parallel.parity import Case
+
 
 @dataclass
 class Cell:
@@ -22,6 +24,12 @@ class Cell:
         return f"{self.passed}/{self.run} {self.largest_error:.0e}" if self.run else "-"
 
 
+def place_in_table(case: Case) -> tuple[str, str]:
+    """(row, column)."""
+    layout = case.layout if case.schedule[0] == "1f1b" else f"{case.layout} {case.schedule[0]}"
+    return layout, ("sequence\n" if case.sequence else "\n") + f"recompute {case.recompute}"
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Layouts down, choices across; in each cell how many cases equal one process, of how many that ran, and the largest error."""
     cells: dict[str, dict[str, Cell]] = defaultdict(lambda: defaultdict(Cell))
@@ -29,12 +37,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):
             properties = dict(getattr(report, "user_properties", ()))
-            case = properties.get("parity")
-            if case is None or report.when != "call":
+            if "parity" not in properties or report.when != "call":
                 continue
-            column = ("sequence\n" if case.sequence else "\n") + f"recompute {case.recompute}"
+            row, column = properties["parity"]
             columns.add(column)
-            cell = cells[case.layout if case.schedule[0] == "1f1b" else f"{case.layout} {case.schedule[0]}"][column]
+            cell = cells[row][column]
             cell.passed += outcome == "passed"
             cell.run += 1
             cell.largest_error = max(cell.largest_error, properties.get("largest error", 0.0))

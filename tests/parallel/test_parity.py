@@ -10,6 +10,7 @@ import pytest
 
 from megatronish import assemble
 from megatronish.parallel.tensor import TensorParallel
+from tests.parallel.conftest import place_in_table
 from tests.parallel.parity import Case, RankResult, check, run_rank
 from tests.parallel.points import AXES, all_cases, allowed_points, case_of, pairs, pairwise_points
 
@@ -21,14 +22,14 @@ TOLERANCE = 1e-10
 
 @pytest.mark.parametrize("case", [case_of(point) for point in pairwise_points()], ids=str)
 def test_any_layout_equals_one_process(case: Case, record_property: Callable[[str, object], None]) -> None:
-    record_property("parity", case)
+    record_property("parity", place_in_table(case))
     record_property("largest error", check(case, TOLERANCE))
 
 
 @pytest.mark.parity_all
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_every_layout_equals_one_process(case: Case, record_property: Callable[[str, object], None]) -> None:
-    record_property("parity", case)
+    record_property("parity", place_in_table(case))
     record_property("largest error", check(case, TOLERANCE))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -29,10 +30,9 @@ TENSOR = Case(tp=4, dp=2, num_layers=2, num_microbatches=1, dtype="bfloat16")
 TIED = Case(pp=2, dp=3, num_layers=2, num_microbatches=2, dtype="bfloat16", tie_embeddings=True)
 
 
-def _unsummed_norm(real: Any, self: Trainer, local_loss: Tensor) -> tuple[Tensor, Tensor]:
+def _unsummed_norm(real: Any, self: Trainer, local_loss: Tensor) -> Any:
     with patch.object(trainer, "all_reduce", lambda x, *_, **__: x):
-        result: tuple[Tensor, Tensor] = real(self, local_loss)
-        return result
+        return real(self, local_loss)
 
 
 @planted_in(
@@ -57,10 +57,9 @@ def the_norm_is_summed_only_if_the_tensor_rank_is_not_two() -> Patch:
 def a_barrier_stands_in_a_branch_of_one_rank() -> Patch:
     """Found by the number of the rank itself."""
 
-    def instead(real: Any, self: Trainer, batch: Any) -> Tensor:
+    def instead(real: Any, self: Trainer, batch: Any) -> Any:
         barrier(self.mesh.groups["world"])
-        result: Tensor = real(self, batch)
-        return result
+        return real(self, batch)
 
     return only(Trainer, "count_targets", lambda self: self.mesh.rank == 6, instead)
 
@@ -185,19 +184,15 @@ def a_save_is_entered_by_all_ranks_but_one() -> Patch:
     return only(after_step.AfterStep, "save", lambda self: self.run.mesh.rank == 11, lambda *_: None)
 
 
-def _without_tied_sum(is_here: Callable[[Group], bool]) -> Patch:
-    real = grad_buffer.all_reduce
-    return (
-        grad_buffer,
-        "all_reduce",
-        lambda x, group, **named: x if group.axis == "ends" and is_here(group) else real(x, group, **named),
-    )
-
-
 @planted_in(TIED, *range(6), says=("rank 3 [pp1 dp0 tp0]", "all_reduce (sum) of", "on ends, gradients of bucket", "2 more groups"))
 def the_tied_embedding_is_not_summed_on_the_last_stage() -> Patch:
     """Of two that disagree, everywhere alike, none is odd."""
-    return _without_tied_sum(lambda ends: ends.index == 1)
+    real = grad_buffer.all_reduce
+
+    def faulty(x: Tensor, group: Group, **named: Any) -> Tensor:
+        return x if group.axis == "ends" and group.index == 1 else real(x, group, **named)
+
+    return grad_buffer, "all_reduce", faulty
 
 
 @planted_in(TIED, 4, says=("rank 4 [pp1 dp1 tp0] skips all_reduce (sum) of", "on ends", "bucket", "(dry batch)"), also_on_cpu=True)
@@ -294,12 +289,10 @@ def one_rank_makes_a_group_of_the_wrong_ranks() -> Patch:
 @planted_in(DATA, 5, says=("rank 5 [pp0 dp5 tp0] skips all_reduce (sum) of 2", "loss and gradient norm", "(train step 2), which"))
 def the_norm_is_not_summed_in_the_second_step_of_one_rank() -> Patch:
     def instead(real: Any, self: Trainer, step: int) -> Any:
-        with patch.object(trainer, "owned_square_sum", trainer.owned_square_sum):
-            if step < 2:
-                return real(self, step)
-            norm = patch.object(self, "join_scalars", lambda x: _unsummed_norm(Trainer.join_scalars, self, x))
-            with norm:
-                return real(self, step)
+        if step < 2:
+            return real(self, step)
+        with patch.object(self, "join_scalars", partial(_unsummed_norm, Trainer.join_scalars, self)):
+            return real(self, step)
 
     return only(Trainer, "train_step", trainer_at(dp=5), instead)
 
@@ -356,8 +349,7 @@ def two_groups_are_used_in_another_order_on_one_rank() -> Patch:
 )
 def one_rank_reduces_its_buckets_late() -> Patch:
     """After the backward instead of within it: calls of two groups pass each other, which NCCL does not promise to stand."""
-    is_here = lambda self: is_at(self.groups, dp=0, tp=2)  # noqa: E731
-    return only(GradBuffer, "begin_last_backward", is_here, lambda *_: None)
+    return only(GradBuffer, "begin_last_backward", lambda self: is_at(self.groups, dp=0, tp=2), lambda *_: None)
 
 
 @planted_in(

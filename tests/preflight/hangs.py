@@ -27,7 +27,7 @@ from megatronish.optim.zero import ZeroAdamW
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import Place
 from megatronish.pipeline import runtime
-from megatronish.preflight.dumps import Dump, collect
+from megatronish.preflight.dumps import Dump, NoDumps, collect
 from megatronish.preflight.why_hung import Diagnosis, diagnose, report
 from megatronish.run_folder import RunFolder
 from megatronish.trainer import Trainer
@@ -200,17 +200,21 @@ class HungRun:
 
     def dumps(self) -> dict[int, Dump]:
         """What is there so far."""
-        return collect(self.folder.path).dumps if any((self.folder.path / post_mortem.FOLDER).glob("rank-?????.json")) else {}
+        try:
+            return collect(self.folder.path).dumps
+        except NoDumps:
+            return {}
 
     def wait(self, silent: set[int], *, hangs: Callable[[Dump], bool], seconds: float = 60.0) -> None:
         """Until every rank but the silent ones has hung for observe.hang_seconds, or failed, or gloo has ended its process: it does
         where sizes disagree."""
 
         def all_hang() -> bool:
-            dumps = self.dumps()
-            if not dumps:
+            try:
+                evidence = collect(self.folder.path)
+            except NoDumps:
                 return False
-            evidence = collect(self.folder.path)
+            dumps = evidence.dumps
             gone = {rank for rank in range(self.num_ranks) if rank not in dumps and evidence.state_of(rank) == "gone"}
             return all(rank in dumps and hangs(dumps[rank]) for rank in set(range(self.num_ranks)) - silent - gone)
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from megatronish.observe.post_mortem import SIGNAL, dump_path, stacks_path
-from megatronish.preflight.dumps import Dump
+from megatronish.observe.post_mortem import SIGNAL, PostMortem, Who, dump_path, stacks_path
+from megatronish.preflight.dumps import Dump, NoDumps, collect
 from tests.preflight import hangs
 from tests.preflight.hangs import STEP, Fault, HungRun
 from tests.small_run import kill_group, losses, megatronish, start, wait_until, write_run
@@ -116,3 +116,17 @@ def test_why_hung_without_dumps_says_how_to_get_them(tmp_path: Path) -> None:
     dump_path(tmp_path, 0).write_text('{"rank": 0}')
     broken = megatronish("why-hung", str(tmp_path))
     assert broken.returncode == 2 and "is not a dump" in broken.stderr
+
+
+def test_a_dump_taken_back_while_dumps_are_read_is_one_less(tmp_path: Path) -> None:
+    shape = {"pp": 1, "dp": 2, "cp": 1, "ep": 1, "tp": 1}
+    for rank in range(2):
+        who = Who(rank, 2, shape, f"pp0 dp{rank} tp0", "tests/0")
+        with pytest.raises(RuntimeError), PostMortem(tmp_path, who, hang_seconds=0):
+            raise RuntimeError
+    dump_path(tmp_path, 0).unlink()
+    dump_path(tmp_path, 0).symlink_to("taken back")  # the folder lists it, and there is nothing to open
+    assert set(collect(tmp_path).dumps) == {1}
+    dump_path(tmp_path, 1).unlink()
+    with pytest.raises(NoDumps):
+        collect(tmp_path)
