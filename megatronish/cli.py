@@ -47,10 +47,15 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @config_app.command("print")
-def print_config(config: ConfigFile, overrides: Overrides = None) -> None:
+def print_config(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run_folder: Annotated[bool, typer.Option("--run-folder", help="Print the run's folder alone, for scripts.")] = False,
+) -> None:
     """Print the resolved config: base files merged, overrides applied, defaults filled in."""
     loader = importlib.import_module("megatronish.config_loader")
-    typer.echo(loader.to_yaml(loader.load_config(config, overrides or [])), nl=False)
+    resolved = loader.load_config(config, overrides or [])
+    typer.echo(Path(resolved.run_root) / resolved.name if run_folder else loader.to_yaml(resolved), nl=run_folder)
 
 
 @config_app.command("check")
@@ -167,6 +172,55 @@ def preflight(
 
 
 @app.command()
+def submit(
+    config: ConfigFile,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")],
+    overrides: Overrides = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of a node.")] = 8,
+    cpus_per_gpu: Annotated[int, typer.Option(min=1, help="CPU cores of a rank.")] = 8,
+    time: Annotated[str, typer.Option(help="The job's time limit; it saves and queues itself again before.")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
+    account: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--sbatch", metavar="--X=Y", help="Any other option of sbatch.")] = None,
+    device: Annotated[str, typer.Option(help="What ranks run on: cuda or cpu.")] = "cuda",
+    no_preflight: Annotated[bool, typer.Option("--no-preflight", help="Do not rehearse the job first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and let Slurm check it; submit nothing.")] = False,
+) -> None:
+    """Submit a run to Slurm: check the config, rehearse the job unless it has a certificate, copy code and config into the run
+    folder, and queue launch/slurm/pretrain.sbatch with its values filled in.
+
+    Example: megatronish submit configs/gpt3_175b.yaml --nodes 128 --partition gpu --dry-run
+    """
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"--device {device}: must be cuda or cpu")
+    command = importlib.import_module("megatronish.submit")
+    request = command.Request(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        cpus_per_gpu=cpus_per_gpu,
+        time=time,
+        partition=partition,
+        account=account,
+        exclude=exclude,
+        options=tuple(option or ()),
+        device_kind=device,
+        preflight=not no_preflight,
+        dry_run=dry_run,
+    )
+    _finish(command.main(str(config), overrides or [], request))
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")]) -> None:
+    """A run's job, step, loss, tokens a second, restarts and last checkpoint.
+
+    Example: megatronish status runs/demo_cpu
+    """
+    _finish(importlib.import_module("megatronish.status").main(run))
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/demo_cpu.")],
     overrides: Overrides = None,
@@ -269,13 +323,29 @@ def bench(context: typer.Context) -> None:
 def main() -> None:
     """Entry point of the `megatronish` command."""
     try:
-        app(prog_name="megatronish")
+        app(prog_name="megatronish", args=_without_local_rank(sys.argv[1:]))
     except (UserError, RunStopped) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(exit_code_of(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """Take out the `--local_rank=N` that deepspeed puts before everything else, and older launchers anywhere. UserError if the
+    environment says another."""
+    for position, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            rest = arguments[position + 1 :]
+            if not equals and rest:
+                value, rest = rest[0], rest[1:]
+            if not value.isdecimal():
+                raise UserError(f"{name} {value}: must be a number >= 0")
+            importlib.import_module("megatronish.parallel.rendezvous").find_place(local_rank=int(value))
+            return arguments[:position] + rest
+    return arguments
 
 
 def _finish(outcome: int | None) -> None:

@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 
 from megatronish.errors import UserError
-from megatronish.parallel.rendezvous import ALONE, Place
+from megatronish.parallel.rendezvous import Place
 
 _RUN_ID = "local-"
 _PR_SET_PDEATHSIG = 1
@@ -89,7 +89,8 @@ def must_launch(place: Place, nproc: int | None) -> bool:
     """Whether `--nproc` asks for new processes; not in a rank. UserError where a launcher has started another number of them."""
     if nproc is None or place.world_size == nproc:
         return False
-    if place.launcher != ALONE:
+    # A step of one task, such as the shell of `srun --pty bash`, is one process like any other.
+    if place.world_size > 1:
         raise UserError(
             f"--nproc {nproc}, but the environment says WORLD_SIZE={place.world_size}: the launcher starts the processes, "
             "leave --nproc out"

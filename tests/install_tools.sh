@@ -1,12 +1,29 @@
 #!/bin/sh
-# What tests use besides Python, where it can be had: a browser for the pages. Quick if it is there; never fails: a test that lacks
-# its tool skips itself and says so.
-for browser in chromium chromium-browser google-chrome google-chrome-stable; do
-    command -v "$browser" >/dev/null 2>&1 && exit 0
-done
-[ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 || exit 0
-echo "tests: installing chromium"
+# What tests use besides Python, where it can be had: a browser for the pages; Slurm, Open MPI and shellcheck for launch/. Quick if it is
+# there; never fails: a test that lacks its tool skips itself and says so.
+has() {
+    for name in "$@"; do
+        command -v "$name" >/dev/null 2>&1 && return 0
+    done
+    return 1
+}
+missing=""
+has chromium chromium-browser google-chrome google-chrome-stable || missing="$missing chromium"
+has slurmctld || missing="$missing slurm-wlm"
+has munged || missing="$missing munge"
+has ip || missing="$missing iproute2"
+has mpirun || missing="$missing openmpi-bin"
+has shellcheck || missing="$missing shellcheck"
+[ -n "$missing" ] || exit 0
+[ "$(id -u)" = 0 ] && has apt-get || exit 0
 export DEBIAN_FRONTEND=noninteractive
-timeout 300 sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium' >/dev/null 2>&1 ||
-    echo "tests: chromium could not be installed; the tests of pages will be skipped"
+timeout 120 apt-get update -qq >/dev/null 2>&1
+echo "tests: installing$missing"
+# shellcheck disable=SC2086 # a list
+timeout 300 apt-get install -y -qq --no-install-recommends $missing >/dev/null 2>&1 && exit 0
+# One by one: what cannot be had keeps nothing else away.
+for package in $missing; do
+    timeout 100 apt-get install -y -qq --no-install-recommends "$package" >/dev/null 2>&1 ||
+        echo "tests: $package could not be installed; tests that need it will be skipped"
+done
 exit 0

@@ -44,6 +44,9 @@ def test_every_verb_is_listed_in_help() -> None:
     [
         ("megatronish.train", ["train", "c.yaml", "a.b=1", "--nproc", "8", "c.d=-2"], ["c.yaml", ["a.b=1", "c.d=-2"], 8]),
         ("megatronish.train", ["train", "c.yaml"], ["c.yaml", [], None]),
+        # As deepspeed's launcher and older ones give it.
+        ("megatronish.train", ["--local_rank=0", "train", "c.yaml", "a.b=1"], ["c.yaml", ["a.b=1"], None]),
+        ("megatronish.train", ["train", "c.yaml", "--local-rank", "0", "a.b=1"], ["c.yaml", ["a.b=1"], None]),
         ("megatronish.evaluate", ["eval", "runs/x", "--data", "p", "--nproc", "2"], ["runs/x", "p", 2, [], None, None]),
         (
             "megatronish.evaluate",
@@ -63,6 +66,24 @@ def test_a_verb_passes_its_arguments_on(module: str, arguments: list[str], expec
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(result.stdout) == expected, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--local_rank=3"], "--local_rank 3, but the environment says 0 (none (one process))"),
+        (["--local_rank", "x"], "--local_rank x: must be a number"),
+        (["--local_rank"], "--local_rank : must be a number"),
+    ],
+)
+def test_a_local_rank_that_the_environment_does_not_say_is_refused(option: list[str], words: str) -> None:
+    result = megatronish("train", "c.yaml", *option)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {words}"), result.stderr
+
+
+def test_config_print_knows_the_runs_folder(root: Path) -> None:
+    result = megatronish("config", "print", str(root / "configs/demo_cpu.yaml"), "name=other", "run_root=/a b", "--run-folder")
+    assert result.stdout == "/a b/other\n"
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_packages_have_no_import_cycles() -> None:
         visit(unit, ())
 
 
-READMES = [path for path in sorted([ROOT / "README.md", *PACKAGE.rglob("README.md")]) if path.is_file()]
+READMES = [path for path in sorted([ROOT / "README.md", ROOT / "launch/README.md", *PACKAGE.rglob("README.md")]) if path.is_file()]
 PATH = re.compile(r"`([A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)*\.(?:py|yaml|sh|sbatch|md|cu|cpp|txt|toml))`")
 COMMAND = re.compile(r"(?:^ *|`|\$ )(?:\.venv/bin/)?megatronish ([a-z][^`\n]*)", re.MULTILINE)
 

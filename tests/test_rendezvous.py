@@ -11,6 +11,7 @@ import pytest
 from megatronish.errors import UserError
 from megatronish.local_launch import must_launch
 from megatronish.parallel.rendezvous import Place, connect, find_place, shared_store
+from tests.parallel.test_launchers import ONE_TASK, SRUN_TASK
 
 WHOLE = {
     "RANK": "3",
@@ -77,6 +78,8 @@ def test_nproc_starts_processes_only_where_no_launcher_did() -> None:
     assert not must_launch(launched, None) and not must_launch(launched, 4)
     with pytest.raises(UserError, match=r"--nproc 2.*WORLD_SIZE=4.*leave --nproc out"):
         must_launch(launched, 2)
+    shell_of_srun = find_place({**SRUN_TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", **ONE_TASK})
+    assert must_launch(shell_of_srun, 4)
 
 
 def test_an_address_that_does_not_resolve_is_refused_within_seconds() -> None:

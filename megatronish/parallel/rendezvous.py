@@ -1,7 +1,6 @@
-"""How a process learns its rank: the only reader of the launcher's environment variables.
+"""How a process learns its rank, and joins the others: the only reader of the launcher's environment variables.
 
-torchrun (and whoever sets the same five variables), or alone. A half-set environment is refused by name.
-"""
+Who says what is in launchers.py; where nobody says at which port the ranks meet, meeting.py finds one."""
 
 from __future__ import annotations
 
@@ -13,115 +12,114 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megatronish.comm import streams
 from megatronish.errors import UserError
+from megatronish.parallel.launchers import ALONE, VARIABLES, Place, place_of
+from megatronish.parallel.meeting import announce, look_up
 
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-ALONE = "none (one process)"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands in its job, as the launcher says."""
-
-    launcher: str
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-    run_id: str = "none"
-    restart: int = 0
-    master: tuple[str, int] | None = None
-    """Host and port where the ranks meet."""
-    agent_serves: bool = False
-    """The launcher itself answers there, and outlives every rank."""
-
-    def describe(self) -> str:
-        """One line for the log."""
-        return (
-            f"rank {self.rank} of {self.world_size} (local {self.local_rank} of {self.local_world_size}), launcher: {self.launcher}"
-        )
+__all__ = ["ALONE", "VARIABLES", "Place", "connect", "disconnect", "find_place", "shared_store"]
 
 
-def find_place(environment: Mapping[str, str] | None = None) -> Place:
-    """Read the launcher's variables. UserError where only some are set, or they contradict each other."""
+def find_place(environment: Mapping[str, str] | None = None, *, local_rank: int | None = None) -> Place:
+    """Read the launcher's variables. UserError where only some are set, or they contradict each other, or `local_rank`, which
+    deepspeed gives on the command line."""
     environment = os.environ if environment is None else environment
     threads = environment.get("OMP_NUM_THREADS")
     if threads is not None and not all(part.strip().isdecimal() and int(part) > 0 for part in threads.split(",")):
         raise UserError(f"OMP_NUM_THREADS={threads!r} in the environment is not a number >= 1: unset it; train.cpu_threads decides")
-    given = [name for name in VARIABLES if name in environment]
-    if not given:
-        return Place(ALONE)
-    missing = [name for name in VARIABLES if name not in environment]
-    if missing:
+    place = place_of(environment)
+    if local_rank is not None and local_rank != place.local_rank:
         raise UserError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}: set all five, or none for one process"
+            f"--local_rank {local_rank}, but the environment says {place.local_rank} ({place.launcher}): leave --local_rank out; "
+            "the launcher's variables decide"
         )
-    numbers = {name: _number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
-        raise UserError(f"RANK={numbers['RANK']} must be below WORLD_SIZE={numbers['WORLD_SIZE']}: ranks count from 0")
-    if not 0 < numbers["MASTER_PORT"] < 1 << 16:
-        raise UserError(f"MASTER_PORT={numbers['MASTER_PORT']} in the environment must be from 1 to 65535")
-    local_world_size = _number(environment, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environment else numbers["LOCAL_RANK"] + 1
-    if numbers["LOCAL_RANK"] >= local_world_size:
-        raise UserError(f"LOCAL_RANK={numbers['LOCAL_RANK']} must be below LOCAL_WORLD_SIZE={local_world_size}: ranks count from 0")
-    return Place(
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment",
-        rank=numbers["RANK"],
-        local_rank=numbers["LOCAL_RANK"],
-        world_size=numbers["WORLD_SIZE"],
-        local_world_size=local_world_size,
-        run_id=environment.get("TORCHELASTIC_RUN_ID", "none"),
-        restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
-        master=(environment["MASTER_ADDR"], numbers["MASTER_PORT"]),
-        # torchrun's agent already serves a store there; anyone else leaves that to rank 0.
-        agent_serves=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-    )
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    if not environment[name].strip().isdecimal():
-        raise UserError(f"{name}={environment[name]!r} in the environment is not a number >= 0")
-    return int(environment[name])
+    return place
 
 
 def connect(place: Place, *, timeout_seconds: float = 600.0, loopback_seconds: float = 30.0) -> torch.device:
     """Choose this rank's device and join the job. Blocks until every rank is here. UserError if rank 0 cannot be reached: after
     `timeout_seconds`; after `loopback_seconds` where a rank of another node than the first was sent to its own host."""
-    device = streams.choose_device(place.local_rank, place.local_world_size)
+    local = (0, 1) if place.own_gpu and streams.num_gpus() == 1 else (place.local_rank, place.local_world_size)
+    device = streams.choose_device(*local)
     if place.world_size == 1:
         return device
-    assert place.master is not None
-    address, port = place.master
-    serves = place.rank == 0 and not place.agent_serves
     _resolve(place)
-    if not serves:
-        _wait_for_server(place, timeout_seconds, loopback_seconds=loopback_seconds)
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    try:
-        store = dist.TCPStore(address, port, place.world_size, serves, timeout)
-    except RuntimeError as error:  # all of torch.distributed's are
-        verb = "serve" if serves else "reach"
-        reason = str(error).splitlines()[0]
-        raise UserError(f"rank {place.rank} cannot {verb} MASTER_ADDR={address} MASTER_PORT={port}: {reason}") from error
+    if place.ports:
+        store = _meet(place, timeout_seconds)
+    else:
+        store = _meet_at_port(place, timeout_seconds, loopback_seconds=loopback_seconds)
     dist.init_process_group(
         streams.backend_of(device.type),
         store=_own_part(place, store),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timeout,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
     )
     return device
 
 
+def _meet_at_port(place: Place, timeout_seconds: float, *, loopback_seconds: float) -> dist.Store:
+    """Join the store at MASTER_PORT; rank 0 serves it, unless the launcher does."""
+    assert place.master is not None
+    address, port = place.master
+    serves = place.rank == 0 and not place.agent_serves
+    if not serves:
+        _wait_for_server(place, timeout_seconds, loopback_seconds=loopback_seconds)
+    try:
+        return dist.TCPStore(address, port, place.world_size, serves, datetime.timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:  # all of torch.distributed's are
+        verb = "serve" if serves else "reach"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rank {place.rank} cannot {verb} MASTER_ADDR={address} MASTER_PORT={port}: {reason}") from error
+
+
+def _meet(place: Place, timeout_seconds: float) -> dist.Store:
+    """Join the store that rank 0 serves wherever there is a free port. UserError if rank 0 is not found, or ranks do not come."""
+    assert place.master is not None
+    host, timeout = place.master[0], datetime.timedelta(seconds=timeout_seconds)
+    if place.rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        announce(place.ports, _token(place), store.port)
+        _wait_for_all(place, store, timeout_seconds)
+        return store
+    stop = time.monotonic() + timeout_seconds
+    while (port := look_up(host, place.ports, _token(place))) is None:
+        if time.monotonic() > stop:
+            raise UserError(
+                f"rank {place.rank} finds no rank 0 of {_token(place)} at {host}, ports {place.ports[0]}, {place.ports[1]}, ... in "
+                f"{timeout_seconds:g} s: is it running there? Else set MASTER_ADDR to its host and MASTER_PORT to a free port there"
+            )
+        time.sleep(0.2)
+    try:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        _own_part(place, store).set(f"here/{place.rank}", "1")
+    except RuntimeError as error:
+        raise UserError(f"rank {place.rank} cannot reach rank 0 at {host}:{port}: {str(error).splitlines()[0]}") from error
+    return store
+
+
+def _wait_for_all(place: Place, store: dist.Store, timeout_seconds: float) -> None:
+    own, stop, missing = _own_part(place, store), time.monotonic() + timeout_seconds, list(range(1, place.world_size))
+    while missing := [rank for rank in missing if not own.check([f"here/{rank}"])]:
+        if time.monotonic() > stop:
+            named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            raise UserError(
+                f"{len(missing)} of {place.world_size} ranks have not come in {timeout_seconds:g} s: {named}; see what they say"
+            )
+        time.sleep(0.05)
+
+
+def _token(place: Place) -> str:
+    return f"{place.run_id}/{place.restart}"
+
+
 def _own_part(place: Place, store: dist.Store) -> dist.Store:
     """A restarted generation must not read the addresses of the one before (gloo would connect to the dead)."""
-    return dist.PrefixStore(f"megatronish/{place.run_id}/{place.restart}", store)
+    return dist.PrefixStore(f"megatronish/{_token(place)}", store)
 
 
 def _resolve(place: Place, *, attempts: int = 5) -> None:
@@ -185,9 +183,15 @@ def shared_store(place: Place, *, timeout: datetime.timedelta) -> dist.Store | N
 
     def look() -> None:
         assert place.master is not None
+        host, port = place.master
         with contextlib.suppress(OSError, RuntimeError, UnicodeError):
-            socket.create_connection(place.master, timeout=timeout.total_seconds()).close()
-            found.append(dist.TCPStore(*place.master, is_master=False, timeout=timeout, wait_for_workers=False))
+            if place.ports:
+                announced = look_up(host, place.ports, _token(place), timeout_seconds=0.5)
+                if announced is None:
+                    return
+                port = announced
+            socket.create_connection((host, port), timeout=timeout.total_seconds()).close()
+            found.append(dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False))
 
     # Another program may hold the port and never answer: torch then waits on it without end, whatever its timeout.
     thread = threading.Thread(target=look, daemon=True)

@@ -1,0 +1,24 @@
+#!/bin/bash
+# Train with mpirun, one process a GPU:
+#
+#   launch/mpi/run.sh -np 16 --hostfile hosts -- configs/llama3_8b.yaml [key=value ...]
+#
+# Before `--`: options of mpirun. Ranks on several hosts need mpi4py, a Slurm allocation, or MASTER_ADDR and MASTER_PORT (host of
+# rank 0, a free port there) to find each other: README.md.
+set -euo pipefail
+options=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
+[ $# -ge 2 ] || { echo "usage: launch/mpi/run.sh [options of mpirun] -- CONFIG [key=value ...]" >&2; exit 2; }
+shift
+cd "$(dirname "$0")/../.."
+# shellcheck source=launch/env.sh
+source launch/env.sh
+
+# Open MPI passes its environment on to other hosts only by name; MPICH's mpiexec passes all of it.
+if mpirun --version 2>&1 | grep -q "Open MPI"; then
+    for name in $(compgen -e | grep -E '^(NCCL_|TORCH_|PYTORCH_|OMP_NUM_THREADS$|PYTHON|HF_|GLOO_|CUDA_DEVICE_MAX|FI_|MASTER_)'); do
+        options+=(-x "$name")
+    done
+    options+=(--bind-to none) # its default binds a rank and all its threads to one core
+fi
+exec mpirun "${options[@]}" "${PYTHON:-.venv/bin/python}" -m megatronish train "$@"

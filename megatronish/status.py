@@ -1,0 +1,94 @@
+"""`megatronish status RUN`: what a run's folder and Slurm say, in a few lines."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatronish.checkpoint.load import find_checkpoints
+from megatronish.checkpoint.manifest import step_of
+from megatronish.config_loader import load_config
+from megatronish.errors import UserError
+from megatronish.run_folder import RunFolder
+from megatronish.submit import JOB_FILE
+
+_TAIL_BYTES = 1 << 16
+
+
+def main(run: Path) -> int:
+    """Print it. UserError if there is no run."""
+    folder = RunFolder(run)
+    if not folder.config_file.is_file() and not (run / "submit").is_dir():
+        raise UserError(f"{run} is not the folder of a run: there is no {folder.config_file}; give RUN_ROOT/NAME of a run")
+    for name, fact in facts(folder):
+        print(f"{name + ':':<12} {fact}")
+    return 0
+
+
+def facts(folder: RunFolder) -> Iterator[tuple[str, str]]:
+    """(what, how it stands)."""
+    if (job := submitted_job(folder.path)) is not None:
+        yield "job", describe_job(job)
+    total = f" of {load_config(folder.config_file).num_steps:,}" if folder.config_file.is_file() else ""
+    row = last_row(folder.path / "metrics.jsonl")
+    if row is None:
+        yield "step", f"none yet{total}"
+    else:
+        yield "step", f"{row['step']:,}{total}, {ago(folder.path / 'metrics.jsonl')}"
+        yield "loss", f"{row['loss']:.4f}"
+        yield "tokens/s", f"{row['tokens_per_second']:,.0f}"
+    newest = find_checkpoints(folder.checkpoints)[:1]
+    yield "checkpoint", f"step {step_of(newest[0].name):,}, {ago(newest[0])}" if newest else "none yet"
+
+
+def submitted_job(run: Path) -> str | None:
+    """The number of the job that was submitted last."""
+    try:
+        return str(json.loads((run / "submit" / JOB_FILE).read_text())["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def describe_job(job: str) -> str:
+    """State, time, nodes and restarts, as scontrol says."""
+    try:
+        done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return f"{job}; Slurm does not answer on this machine"
+    said = dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
+    if done.returncode != 0 or "JobState" not in said:
+        return f"{job}; Slurm does not know it any more"
+    reason = f" ({said['Reason']})" if said.get("Reason", "None") != "None" else ""
+    return (
+        f"{job} {said['JobState']}{reason}, {said.get('RunTime')} of {said.get('TimeLimit')}, restarts {said.get('Restarts')}, "
+        f"nodes {said.get('NodeList')}"
+    )
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last row of a step; a line that is being written is passed over."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"step", "loss", "tokens_per_second"} <= row.keys():
+            return row
+    return None
+
+
+def ago(path: Path) -> str:
+    """How long since it was written."""
+    then = datetime.datetime.fromtimestamp(path.stat().st_mtime)
+    return f"{str(datetime.datetime.now() - then).partition('.')[0]} ago"

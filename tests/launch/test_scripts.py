@@ -1,0 +1,77 @@
+"""The scripts of launch/ by themselves: shellcheck, and what they refuse."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import clean_environment
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("launch", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".sh", ".sbatch")
+)
+
+
+def test_there_are_scripts() -> None:
+    assert {"launch/env.sh", "launch/slurm/pretrain.sbatch", "tests/launch/cluster.sh"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_finds_nothing(script: str) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (tests/install_tools.sh)")
+    done = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("launch/slurm/pretrain.sbatch", []),
+        ("launch/slurm/array_sweep.sbatch", ["config.yaml"]),
+        ("launch/deepspeed/run.sh", ["hostfile"]),
+        ("launch/mpi/run.sh", ["-np", "8", "config.yaml"]),
+        ("launch/torchrun/run.sh", ["2", "8", "config.yaml"]),
+    ],
+)
+def test_too_few_arguments_are_answered_with_the_usage(script: str, arguments: list[str]) -> None:
+    done = subprocess.run(["bash", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("usage: ") and "CONFIG" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (None, "is not there, or empty"),
+        ("", "is not there, or empty"),
+        ("# none\n\n", "names no host"),
+        ("a slots=8\nb slots=0\n", ':2: "b slots=0" is not HOST slots=N, with N >= 1'),
+        ("a slots=8\nb\n", ':2: "b" is not HOST slots=N'),
+        ("a slots=x\n", ':1: "a slots=x" is not HOST slots=N'),
+        ("a slots=8\nb slots=8\na slots=4\n", ":3: host a is on line 1 already"),
+        ("# two\na slots=8\nb slots=4\n", "deepspeed: 12 ranks on 2 hosts"),
+    ],
+)
+def test_a_hostfile_is_read_before_deepspeed_reads_it(text: str | None, line: str, tmp_path: Path) -> None:
+    hostfile, stub = tmp_path / "hosts", tmp_path / "bin/deepspeed"
+    if text is not None:
+        hostfile.write_text(text)
+    stub.parent.mkdir()
+    stub.write_text('#!/bin/sh\necho "$@"\n')
+    stub.chmod(0o755)
+    environment = clean_environment(PATH=f"{stub.parent}:/usr/bin:/bin", DEEPSPEED_ARGS="--master_port 29501")
+    command = ["launch/deepspeed/run.sh", str(hostfile), "c.yaml", "a.b=1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    (said,) = done.stderr.splitlines()
+    assert line in said
+    if line.startswith("deepspeed"):
+        assert done.stdout == f"--hostfile {hostfile} --master_port 29501 --module megatronish train c.yaml a.b=1\n"
+    assert done.returncode == (0 if line.startswith("deepspeed") else 2)
