@@ -1,6 +1,6 @@
 #!/bin/sh
-# What tests use besides Python, where it can be had: a browser for the pages; Slurm, Open MPI and shellcheck for launch/. Quick if it is
-# there; never fails: a test that lacks its tool skips itself and says so.
+# What tests use besides Python, where it can be had: a browser for the pages; Slurm, Open MPI, sshd, pdsh and shellcheck for launch/.
+# Quick if it is there; never fails: a test that lacks its tool skips itself and says so.
 has() {
     for name in "$@"; do
         command -v "$name" >/dev/null 2>&1 && return 0
@@ -13,6 +13,8 @@ has slurmctld || missing="$missing slurm-wlm"
 has munged || missing="$missing munge"
 has ip || missing="$missing iproute2"
 has mpirun || missing="$missing openmpi-bin"
+has pdsh || missing="$missing pdsh"
+has sshd /usr/sbin/sshd || missing="$missing openssh-server"
 has shellcheck || missing="$missing shellcheck"
 [ -n "$missing" ] || exit 0
 [ "$(id -u)" = 0 ] && has apt-get || exit 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.cluster import Cluster
+from tests.launch.ssh_hosts import SshHosts, serve_ssh
 from tests.small_run import THREE_D, losses, megatronish, write_run
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
@@ -45,6 +46,14 @@ def session_cluster() -> Iterator[Cluster]:
             yield cluster
         finally:
             cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def ssh_hosts() -> Iterator[SshHosts]:
+    """Two hosts that ssh reaches, `first` and `second`."""
+    # Not pytest's folder: sshd and ssh want keys below folders that only root writes to.
+    with tempfile.TemporaryDirectory(prefix="ssh-") as folder, serve_ssh(Path(folder)) as hosts:
+        yield hosts
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from tests.launch.cluster import Cluster
 from tests.launch.conftest import SmallRun
+from tests.launch.ssh_hosts import SshHosts
 from tests.small_run import clean_environment, error_lines, losses, wait_until
 
 # Eight processes that import torch on two cores that others use too.
@@ -56,6 +58,71 @@ def test_mpirun_gives_the_losses_of_one_machine(small_run: SmallRun, root: Path,
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "tiny") == first(small_run, STEPS)
     assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank} of 8), launcher: mpirun (Open MPI)" for rank in range(8)]
+
+
+def run_deepspeed(ssh_hosts: SshHosts, hostfile: Path, *arguments: str, options: str) -> subprocess.CompletedProcess[str]:
+    """launch/deepspeed/run.sh with the real launcher; only the script sees to the environment of the other hosts."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install -c constraints.txt -e '.[deepspeed]'")
+    environment = clean_environment(
+        **ssh_hosts.environment(), PYTHON=sys.executable, DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo",
+        OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", DEEPSPEED_ARGS=f"--master_addr 127.0.0.1 {options}",
+    )  # fmt: skip
+    command = [str(Path(__file__).parents[2] / "launch/deepspeed/run.sh"), str(hostfile), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
+
+
+@pytest.mark.parametrize(
+    ("tool", "options", "hosts", "launcher"),
+    [
+        ("pdsh", "--master_port 29517", ("first", "second"), "deepspeed"),
+        # By address: mpirun looks names up itself. It knows of no shared host, so the ranks ask mpi4py where to meet.
+        (
+            "mpirun",
+            "--launcher openmpi --launcher_args '--mca btl_tcp_if_include lo'",
+            ("127.0.0.1", "127.0.0.2"),
+            "mpirun (Open MPI), mpi4py",
+        ),
+    ],
+    ids=["pdsh", "openmpi"],
+)
+def test_deepspeed_on_two_hosts_gives_the_losses_of_one_machine(
+    ssh_hosts: SshHosts, small_run: SmallRun, tmp_path: Path, tool: str, options: str, hosts: tuple[str, str], launcher: str
+) -> None:
+    if shutil.which(tool) is None:
+        pytest.skip(f"no {tool}: tests/install_tools.sh installs it as root")
+    if "mpi4py" in launcher and importlib.util.find_spec("mpi4py") is None:
+        pytest.skip("mpi4py is not installed: pip install -c constraints.txt -e '.[mpi]'")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(f"# two\n{hosts[0]} slots=4\n{hosts[1]} slots=4\n")
+    settings = (str(small_run.config), f"run_root={tmp_path}", f"train.steps={STEPS}")
+    done = run_deepspeed(ssh_hosts, hostfile, *settings, options=options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "tiny") == first(small_run, STEPS)
+    assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank % 4} of 4), launcher: {launcher}" for rank in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "settings", "line"),
+    [
+        ("first slots=4\nnobody slots=4\n", (), "host nobody is not reached by `ssh nobody true` without a password: ssh: connect"),
+        # The only host, and not this one: deepspeed by itself would run its ranks here.
+        ("nobody slots=8\n", (), "host nobody is not reached by `ssh nobody true`"),
+        ("first slots=2\nsecond slots=2\n", (), "is 8 ranks, but there are 4"),
+        ("first slots=4\nsecond slots=4\n", ("train.step=3",), "train.step"),
+    ],
+    ids=["unreachable", "only one, unreachable", "slots", "config"],
+)
+def test_deepspeed_starts_no_rank_where_it_could_not_start_all(
+    ssh_hosts: SshHosts, small_run: SmallRun, tmp_path: Path, hosts: str, settings: tuple[str, ...], line: str
+) -> None:
+    if shutil.which("pdsh") is None:
+        pytest.skip("no pdsh: tests/install_tools.sh installs it as root")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(hosts)
+    done = run_deepspeed(ssh_hosts, hostfile, str(small_run.config), f"run_root={tmp_path}", *settings, options="")
+    (said,) = error_lines(done.stderr)
+    assert line in said and done.returncode == 2 and not (tmp_path / "tiny").exists()
 
 
 def test_two_torchrun_agents_give_the_losses_of_one_machine(

@@ -65,13 +65,23 @@ def test_a_hostfile_is_read_before_deepspeed_reads_it(text: str | None, line: st
     if text is not None:
         hostfile.write_text(text)
     stub.parent.mkdir()
-    stub.write_text('#!/bin/sh\necho "$@"\n')
-    stub.chmod(0o755)
-    environment = clean_environment(PATH=f"{stub.parent}:/usr/bin:/bin", DEEPSPEED_ARGS="--master_port 29501")
+    # In the place of deepspeed, of the Python that checks the config, and of ssh.
+    for name, does in {"deepspeed": 'echo "$@"; cat "$DS_ENV_FILE"', "python": "true", "ssh": "true", "pdsh": "true"}.items():
+        (stub.parent / name).write_text(f"#!/bin/sh\n{does}\n")
+        (stub.parent / name).chmod(0o755)
+    environment = clean_environment(
+        PATH=f"{stub.parent}:/usr/bin:/bin", PYTHON=str(stub.parent / "python"), HOME=str(tmp_path),
+        DEEPSPEED_ARGS="--master_port 29501 --launcher_args '-x y'", GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    (tmp_path / ".deepspeed_env").write_text("OF_THE_USER=1\n")
     command = ["launch/deepspeed/run.sh", str(hostfile), "c.yaml", "a.b=1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     (said,) = done.stderr.splitlines()
     assert line in said
     if line.startswith("deepspeed"):
-        assert done.stdout == f"--hostfile {hostfile} --master_port 29501 --module megatronish train c.yaml a.b=1\n"
+        words, *settings = done.stdout.splitlines()
+        options = "--master_port 29501 --launcher_args -x y"
+        assert words == f"--hostfile {hostfile} {options} --module megatronish train c.yaml a.b=1"
+        # What other hosts get of the environment.
+        assert settings[0] == "OF_THE_USER=1" and {"GLOO_SOCKET_IFNAME=lo", "OMP_NUM_THREADS=1"} <= set(settings)
     assert done.returncode == (0 if line.startswith("deepspeed") else 2)
