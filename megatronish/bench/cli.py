@@ -253,7 +253,7 @@ def _print_startup(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     rows = result["ranks"]
-    title = f"seconds until the first step: the slowest rank (CPU), {result['cores']} cores, {result['device']}, {result['date']}"
+    title = f"seconds until the first step: the slowest rank (CPU), {result['device']}, {result['date']}"
     table = Table("phase", *(f"{size} ranks" if size > 1 else "1 rank" for size in rows), "growth a rank", title=title)
     growth = result["estimate"]["seconds_a_rank"]
     for phase in next(iter(rows.values())):

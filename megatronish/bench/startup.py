@@ -24,7 +24,6 @@ from megatronish import __version__
 from megatronish.bench.workers import processor_name
 from megatronish.config import Config
 from megatronish.data.indexed_writer import IndexedDatasetWriter, token_dtype
-from megatronish.observe.flops import num_cores
 from megatronish.observe.start_clock import START_UP, Spent, read_phases
 
 LAYOUTS = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2)}
@@ -60,7 +59,6 @@ def measure(bench: StartupBench, on_run: Callable[[], None] = lambda: None) -> d
         "ranks": rows,
         "estimate": estimate(rows),
         "width": WIDTH,
-        "cores": num_cores(),
         "device": processor_name(),
         "date": time.strftime("%Y-%m-%d"),
         "megatronish": __version__,
