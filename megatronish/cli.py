@@ -35,6 +35,15 @@ app.add_typer(config_app, name="config")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file; configs/ holds some.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="For example optim.lr=1e-4 train.steps=20")]
+
+
+def _device_kind(kind: str) -> str:
+    if kind not in ("cuda", "cpu"):
+        raise UserError(f"--device {kind}: must be cuda or cpu")
+    return kind
+
+
+DeviceKind = Annotated[str, typer.Option(metavar="cuda|cpu", callback=_device_kind, help="cuda: ranks talk by NCCL; cpu: by gloo.")]
 Processes = Annotated[int | None, typer.Option("--nproc", min=1, help="Start this many local processes, one a rank.")]
 
 
@@ -55,7 +64,10 @@ def print_config(
     """Print the resolved config: base files merged, overrides applied, defaults filled in."""
     loader = importlib.import_module("megatronish.config_loader")
     resolved = loader.load_config(config, overrides or [])
-    typer.echo(Path(resolved.run_root) / resolved.name if run_folder else loader.to_yaml(resolved), nl=run_folder)
+    if run_folder:
+        typer.echo(importlib.import_module("megatronish.run_folder").RunFolder.of(resolved).path)
+    else:
+        typer.echo(loader.to_yaml(resolved), nl=False)
 
 
 @config_app.command("check")
@@ -140,7 +152,7 @@ def preflight(
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the job.")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and ranks, of a node.")] = 8,
     world: Annotated[int | None, typer.Option(min=1, help="Ranks, instead of --nodes. [default: as the config says]")] = None,
-    device: Annotated[str, typer.Option(metavar="cuda|cpu", help="cuda: rules of NCCL; cpu: of gloo.")] = "cuda",
+    device: DeviceKind = "cuda",
     all_ranks: Annotated[bool, typer.Option("--all-ranks", help="Run every rank; none is inferred.")] = False,
     all_microbatches: Annotated[bool, typer.Option("--all-microbatches", help="Run every microbatch; none is inferred.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="For report and certificate. [default: RUN/preflight]")] = None,
@@ -153,8 +165,6 @@ def preflight(
 
     Example: megatronish preflight configs/gpt3_175b.yaml --nodes 128 --gpus-per-node 8
     """
-    if device not in ("cuda", "cpu"):
-        raise UserError(f"--device {device}: must be cuda or cpu")
     command = importlib.import_module("megatronish.preflight.command")
     options = command.Options(
         nodes=nodes,
@@ -183,7 +193,7 @@ def submit(
     account: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
     exclude: Annotated[str | None, typer.Option(help="As sbatch's.")] = None,
     option: Annotated[list[str] | None, typer.Option("--sbatch", metavar="--X=Y", help="Any other option of sbatch.")] = None,
-    device: Annotated[str, typer.Option(help="What ranks run on: cuda or cpu.")] = "cuda",
+    device: DeviceKind = "cuda",
     no_preflight: Annotated[bool, typer.Option("--no-preflight", help="Do not rehearse the job first.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and let Slurm check it; submit nothing.")] = False,
 ) -> None:
@@ -192,8 +202,6 @@ def submit(
 
     Example: megatronish submit configs/gpt3_175b.yaml --nodes 128 --partition gpu --dry-run
     """
-    if device not in ("cuda", "cpu"):
-        raise UserError(f"--device {device}: must be cuda or cpu")
     command = importlib.import_module("megatronish.submit")
     request = command.Request(
         nodes=nodes,

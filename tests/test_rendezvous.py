@@ -10,6 +10,7 @@ import pytest
 
 from megatronish.errors import UserError
 from megatronish.local_launch import must_launch
+from megatronish.parallel.launchers import free_port
 from megatronish.parallel.rendezvous import Place, connect, find_place, shared_store
 from tests.parallel.test_launchers import ONE_TASK, SRUN_TASK
 
@@ -22,13 +23,6 @@ WHOLE = {
     "MASTER_PORT": "29500",
 }
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def test_no_variables_mean_one_process() -> None:

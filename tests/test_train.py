@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatronish.data.tokenizer import train_tokenizer
+from megatronish.parallel.launchers import free_port
 from tests.ranks import ranks
 from tests.small_run import (
     LAUNCHER_VARIABLES,
@@ -32,7 +33,6 @@ from tests.small_run import (
     write_run,
     write_tokens,
 )
-from tests.test_rendezvous import free_port
 
 ENDLESS = ("train.steps=1000000", "checkpoint.interval=null", "name=endless")
 

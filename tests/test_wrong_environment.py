@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from megatronish.errors import UserError
+from megatronish.parallel.launchers import free_port
 from megatronish.parallel.rendezvous import VARIABLES, connect, find_place
 from tests.ranks import ranks
 from tests.small_run import clean_environment, command, error_lines, losses, megatronish, write_run
-from tests.test_rendezvous import WHOLE, free_port
+from tests.test_rendezvous import WHOLE
 from tests.test_train import command_line
 
 

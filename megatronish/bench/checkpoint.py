@@ -28,10 +28,11 @@ import torch
 import torch.distributed.checkpoint as peer
 
 from megatronish import __version__
-from megatronish.bench.workers import Workers, free_port, processor_name, scratch_folder
+from megatronish.bench.workers import Workers, processor_name, scratch_folder
 from megatronish.checkpoint import BackgroundSaver, FileStorage, Piece, SaveJob, newest_loadable, save_checkpoint, whole_box
 from megatronish.comm import barrier, streams
 from megatronish.comm.groups import world_group
+from megatronish.parallel.launchers import free_port
 from megatronish.parallel.rendezvous import Place, connect, disconnect
 
 _ROWS, _COLUMNS = 4096, 1024

@@ -13,9 +13,10 @@ from typing import Any
 
 from megatronish import __version__
 from megatronish.bench.step import rank_of_a_layout
-from megatronish.bench.workers import Workers, free_port, processor_name
+from megatronish.bench.workers import Workers, processor_name
 from megatronish.comm.history import Call, History, recording
 from megatronish.config import Config
+from megatronish.parallel.launchers import free_port
 
 DEPTH = 25
 """Frames above a call of the trainer; only those inside comm/ are walked."""

@@ -20,13 +20,14 @@ import torch
 
 from megatronish import __version__
 from megatronish.assemble import DTYPES, Assembly, assemble, draw_weights, mesh_shape
-from megatronish.bench.workers import Workers, free_port, processor_name
+from megatronish.bench.workers import Workers, processor_name
 from megatronish.comm import streams
 from megatronish.config import Config
 from megatronish.data.gpt_dataset import SyntheticDataset
 from megatronish.data.loader import BatchLoader
 from megatronish.errors import UserError
 from megatronish.interop.llama import write_config
+from megatronish.parallel.launchers import free_port
 from megatronish.parallel.mesh import build_mesh
 from megatronish.parallel.rendezvous import Place, connect, disconnect
 

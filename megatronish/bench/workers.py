@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,14 +89,6 @@ def scratch_folder(parent: Path, option: str) -> Iterator[Path]:
         raise UserError(f"{option} {parent}: {error.strerror}; free space, or measure less") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def processor_name() -> str:

@@ -204,12 +204,13 @@ def _ask_mpi4py(place: Place) -> Place | None:
             f"mpi4py says rank {communicator.rank} of {communicator.size}, {place.launcher} {place.rank} of {place.world_size}: "
             "mpi4py was built for another MPI than this mpirun"
         )
-    host, port = communicator.bcast((socket.gethostname(), _free_port()) if place.rank == 0 else None)
+    host, port = communicator.bcast((socket.gethostname(), free_port()) if place.rank == 0 else None)
     run_id = f"{place.run_id}-{host}-{port}"
     return replace(place, launcher=f"{place.launcher}, mpi4py", master=(host, port), run_id=run_id)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         port: int = listener.getsockname()[1]

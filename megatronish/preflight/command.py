@@ -106,9 +106,8 @@ def run(config: Config, world_size: int, options: Options, console: Console) -> 
         "all" if options.every_microbatch else "two of each phase",
         options.every_rank,
     )
-    console.print(
-        f"rehearsing {world_size:,} ranks of {config.name}", soft_wrap=True
-    )  # where there is no terminal, nothing else moves
+    # Where there is no terminal, nothing else moves.
+    console.print(f"rehearsing {world_size:,} ranks of {config.name}", soft_wrap=True)
     with _progress(console, world_size) as tell:
         rehearsed = rehearse_job(plan, processes=options.processes, progress=tell)
     with console.status("matching all communication"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatronish.parallel.launchers import free_port
 from tests.small_run import wait_until
 
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
@@ -65,7 +66,7 @@ def serve_ssh(folder: Path) -> Iterator[SshHosts]:
     if os.geteuid() != 0:
         pytest.skip("sshd lets a user in only when root has started it")
     Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants it, empty
-    port = _free_port()
+    port = free_port()
     for name in ("key", "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     (folder / "server").write_text(SERVER.format(port=port, folder=folder))
@@ -83,14 +84,6 @@ def serve_ssh(folder: Path) -> Iterator[SshHosts]:
     finally:
         server.terminate()
         server.wait()
-
-
-def _free_port() -> int:
-    """One that is free on all loopback addresses."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _answers(address: str, port: int) -> bool:
