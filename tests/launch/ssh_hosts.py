@@ -1,4 +1,8 @@
-"""Two hosts for launchers that go over ssh: a server of our own on two loopback addresses, and an `ssh` that knows only it."""
+"""Two hosts for launchers that go over ssh: a server of our own on each of two loopback addresses, and an `ssh` that knows only them.
+
+The second server has a host name of its own (a UTS namespace): Open MPI names the shared memory of its local ranks after the host,
+and ranks of two hosts by one name would write into each other's.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +23,6 @@ from tests.small_run import wait_until
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 SERVER = """\
 Port {port}
-ListenAddress 127.0.0.1
-ListenAddress 127.0.0.2
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/key.pub
 PidFile none
@@ -75,15 +77,16 @@ def serve_ssh(folder: Path) -> Iterator[SshHosts]:
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\nexec {ssh} -F {folder}/client "$@"\n')
     wrapper.chmod(0o755)
-    with open(folder / "server.log", "wb") as log:
-        # By its full path: it starts itself anew for each connection.
-        server = subprocess.Popen([sshd, "-D", "-e", "-f", str(folder / "server")], stderr=log)
-    try:
+    own_name = ["unshare", "--uts", "sh", "-c", 'hostname second && exec "$@"', "sh"]
+    with ExitStack() as servers:
+        for address, prefix in zip(ADDRESSES, ([], own_name), strict=True):
+            log = servers.enter_context(open(folder / f"server-{address}.log", "wb"))
+            # By its full path: it starts itself anew for each connection.
+            command = [*prefix, sshd, "-D", "-e", "-f", str(folder / "server"), "-o", f"ListenAddress={address}"]
+            server = servers.enter_context(subprocess.Popen(command, stderr=log))
+            servers.callback(server.terminate)
         wait_until(lambda: all(_answers(address, port) for address in ADDRESSES), seconds=20, what="an answer of sshd")
         yield SshHosts(folder)
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def _answers(address: str, port: int) -> bool:
