@@ -16,6 +16,7 @@ from megatronish.data.gpt_dataset import TokenDataset, TrainingDataset
 from megatronish.data.open import open_sets
 from megatronish.data.tokenizer import load_tokenizer
 from megatronish.errors import Problems
+from megatronish.life import Life
 from megatronish.observe.wandb_run import require_wandb
 from megatronish.run_folder import RunFolder
 from megatronish.text_measure import TextMeasure
@@ -79,6 +80,11 @@ class Surroundings:
     ranks_per_host: int = 1
     adapt: Callable[[Assembly], None] | None = None
     """What a rehearsal changes in what was built."""
+
+    told: Callable[[], bool] = lambda: False
+    """Whether this process was asked, by a signal, to save and end."""
+    life: Life | None = None
+    """Of the rank that writes."""
 
     @property
     def keeps_files(self) -> bool:
