@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -71,13 +73,10 @@ def test_a_killed_rank_and_a_requeue_cost_nothing_but_time(
     )
     wait_for_step(run, 11)
     node = cluster.job(job)["NodeList"].removeprefix("node[").split("-")[0]
-    (Path("/proc") / str(pid := rank_on(cluster, f"node{node}"))).exists()
-    cluster.command("kill", "-9", str(pid), cwd=root)
+    os.kill(rank_on(cluster, f"node{node}"), signal.SIGKILL)
     wait_until(lambda: cluster.job(job).get("Restarts") == "1", seconds=60, what="a requeue")
     assert "a fault; back into the queue" in log.read_text() and "first failure: rank " in log.read_text(), log.read_text()
     wait_until(lambda: "resumed after step 10" in log.read_text(), seconds=200, what="life 2")
-    seen = last_step(run)
-    wait_until(lambda: last_step(run) > seen or last_step(run) in (12, 13), seconds=200, what="a step of life 2")
     cluster.command("scontrol", "requeue", str(job), cwd=root)
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
@@ -105,11 +104,15 @@ def test_a_lost_node_is_replaced_by_a_spare_in_the_same_allocation(
 
 def test_two_jobs_on_one_run_folder_are_one_line(cluster: Cluster, small_run: SmallRun, root: Path, tmp_path: Path) -> None:
     logs, run = [tmp_path / "1.log", tmp_path / "2.log"], tmp_path / "tiny"
-    command = (SCRIPT, str(small_run.config), f"run_root={tmp_path}")
+    command = (SCRIPT, str(small_run.config), f"run_root={tmp_path}", "train.steps=5000")
     first = cluster.submit("--nodes=2", *TASKS, f"--output={logs[0]}", *command, cwd=root, PYTHON=sys.executable)
     wait_for_step(run, 1)
     second = cluster.submit("--nodes=2", *TASKS, f"--output={logs[1]}", *command, cwd=root, PYTHON=sys.executable)
     ended = cluster.wait(second)
     (line,) = error_lines(logs[1].read_text())
     assert ended["ExitCode"] == "2:0" and "is the folder of a run at work: slurm-" in line
-    assert cluster.wait(first)["ExitCode"] == "0:0" and losses(run) == small_run.losses
+    # The first goes on undisturbed.
+    (run / "STOP").touch()
+    assert cluster.wait(first)["ExitCode"] == "0:0", logs[0].read_text()
+    found = losses(run)
+    assert all(found[step] == loss for step, loss in small_run.losses.items() if step in found)
