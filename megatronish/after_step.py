@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,12 +12,12 @@ import torch
 
 from megatronish import checkpointing, formulas
 from megatronish.assemble import Assembly
-from megatronish.comm import streams
+from megatronish.comm import barrier, streams
 from megatronish.comm.history import phase
 from megatronish.comm.host import read_values
 from megatronish.data.loader import evaluation_batches
 from megatronish.early_stopping import EarlyStopping
-from megatronish.errors import RunStopped
+from megatronish.errors import RunStopped, Superseded
 from megatronish.not_finite import require_sound_steps
 from megatronish.observe.metrics import MetricsWriter
 from megatronish.observe.profile import ProfileWindow
@@ -44,7 +45,11 @@ class AfterStep:
         self._since = (0, time.perf_counter())
         config, mesh, folder = self.run.config, self.run.mesh, self.around.folder
         is_file_writer = self.around.keeps_files and mesh.rank == 0
-        self.requests = RequestFiles(folder.path, looks=is_file_writer)
+        life = self.around.life
+        current: Callable[[], bool] = life.is_current if life is not None else lambda: True
+        self.requests = RequestFiles(folder.path, looks=is_file_writer, told=self.around.told, is_current=current)
+        self.must_go_on = False
+        """The run has ended for another life to go on."""
         for path in self.requests.remove_old():
             self.around.log.warning("removed %s: it was there before this start", path)
         self.profile = ProfileWindow(
@@ -65,6 +70,7 @@ class AfterStep:
             token=self.around.token,
             storage=self.around.storage,
             log=self.around.log,
+            require_current=life.require_current if life is not None else lambda: None,
             work="thread" if self.around.keeps_files else "inline",
         )
 
@@ -78,8 +84,8 @@ class AfterStep:
         self.profile.before(first_step)
 
     def __call__(self, result: StepResult) -> bool:
-        """Log, evaluate, sample and save as the config says, and on log steps as RUN/STOP and RUN/SAVE ask. Collective over the
-        job. Returns whether the run goes on: False after the last step, on request, and where early stopping ends it."""
+        """Log, evaluate, sample and save as the config says, and on log steps as RUN/STOP, RUN/SAVE and signals ask. Collective
+        over the job. Returns whether the run goes on: False after the last step, on request, and where early stopping ends it."""
         with phase("after", result.step):
             return self._follow(result)
 
@@ -97,14 +103,21 @@ class AfterStep:
         if _is_due(step, config.observe.sample_interval) or (is_last and config.observe.sample_interval):
             with phase("sample", step):
                 self.sample(step)
-        ends = is_last or asked.stop or self.is_out_of_patience(step)
+        if asked.superseded:
+            raise Superseded(f"{self.around.folder.path} is another life's by now: this one ends after step {step}, unsaved")
+        ends = is_last or asked.stop or asked.requeue or self.is_out_of_patience(step)
         if must_save or asked.save or ends:
             with phase("save", step):
                 self.save(step)
         if asked.stop and not is_last:
             self.around.log.info("stopped after step %d of %d, as RUN/STOP asked; the same command goes on", step, config.num_steps)
-        if asked.stop:  # a request that is gone with nothing saved would be forgotten
+        if asked.stop or asked.requeue:  # a request that is gone with nothing saved would be forgotten
             self.saver.finish()
+        if asked.requeue and not is_last and not asked.stop:
+            self.must_go_on = True
+            # The first rank to end makes a launcher stop the others: none may, before rank 0 has completed the checkpoint.
+            barrier(self.run.mesh.groups["world"], what="end of a life")
+            self.around.log.info("stopped after step %d of %d, as a signal asked; the same command goes on", step, config.num_steps)
         self.requests.answered(asked)
         if step == config.observe.memory_snapshot_step and self.around.keeps_files:
             self.write_memory_snapshot()

@@ -58,7 +58,8 @@ def pieces_of_rank(config: Config, mesh: Mesh, layout: ParamLayout) -> Callable[
 class Saver:
     """Saves one run's checkpoints to `root`: within a step, or beside the steps that follow (checkpoint.asynchronous).
 
-    `token` names this launch: what another launch left or still writes is kept apart. Every method is collective over the job."""
+    `token` names this launch: what another launch left or still writes is kept apart. `require_current` as SaveJob's.
+    Every method is collective over the job."""
 
     def __init__(
         self,
@@ -69,11 +70,13 @@ class Saver:
         token: str,
         storage: Storage,
         log: logging.Logger,
+        require_current: Callable[[], object] = lambda: None,
         work: Literal["thread", "inline"] = "thread",
     ) -> None:
         self._run, self._root, self._storage, self._token = run, root, storage, token
         self._data_fingerprint = data_fingerprint
         self._log = log
+        self._require_current = require_current
         self._is_first = run.mesh.rank == 0
         self._background = BackgroundSaver(work=work) if run.config.checkpoint.asynchronous else None
 
@@ -141,6 +144,7 @@ class Saver:
             storage=self._storage,
             token=self._token,
             log=self._warn,
+            require_current=self._require_current,
             device=mesh.device,
         )
 

@@ -1,6 +1,7 @@
 """`megatronish VERB`. A verb's module is imported when the verb runs, so that `--help` answers at once.
 
-A UserError is one `error:` line a problem on stderr and exit code 2; a run that stopped itself one line and 1; an interrupt is 130.
+A UserError is one `error:` line a problem on stderr and exit code 2; a run that stopped itself one line and 77; an interrupt 130
+(launch/README.md has the table).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatronish
-from megatronish.errors import RunStopped, UserError, exit_code_of
+from megatronish.errors import FAULT, RunStopped, UserError, exit_code_of
 
 if TYPE_CHECKING:
     from megatronish.config import Config
@@ -105,7 +106,15 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Processes = No
     """
     # Until the rank listens (observe/post_mortem.py), seconds from now: SIGUSR2 would end the process.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    _finish(importlib.import_module("megatronish.train").main(str(config), overrides or [], nproc))
+    signals = importlib.import_module("megatronish.end_signals").EndSignals()
+    signals.listen()
+    try:
+        _finish(importlib.import_module("megatronish.train").main(str(config), overrides or [], nproc, signals))
+    except (UserError, RunStopped, typer.Exit):
+        raise
+    except Exception:  # as a rank of many ends: a restart may cure it
+        importlib.import_module("traceback").print_exc()
+        raise typer.Exit(FAULT) from None
 
 
 @app.command("eval")

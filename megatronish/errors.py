@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 Found = TypeVar("Found")
+
+BAD_INPUT, SAVED, FAULT, NO_PROGRESS, INTEGRITY, SUPERSEDED = 2, 75, 76, 77, 78, 79
+"""Exit codes of `megatronish train`, explained in launch/README.md."""
 
 
 class UserError(ValueError):
@@ -34,14 +37,32 @@ class Problems:
             raise UserError("\n".join(self._lines))
 
 
+class IntegrityError(UserError):
+    """What is on disk is not what was written there. As a UserError, with exit code 78."""
+
+
 class RunStopped(RuntimeError):
     """A run that must not go on, through no fault of input or code: its numbers are not finite. Its text is one line for the user.
 
-    The command line prints it without a traceback and exits with code 1. Every rank raises the same."""
+    The command line prints it without a traceback and exits with code 77: another start would come to the same end. Every rank
+    raises the same."""
+
+
+class Superseded(RunStopped):
+    """A later life of the run has begun: this one must write nothing any more. Exit code 79."""
 
 
 def exit_code_of(error: BaseException) -> int | None:
     """The exit code of an error whose text is all that a user needs; None for any other."""
-    if isinstance(error, UserError):
-        return 2
-    return 1 if isinstance(error, RunStopped) else None
+    kinds = {IntegrityError: INTEGRITY, UserError: BAD_INPUT, Superseded: SUPERSEDED, RunStopped: NO_PROGRESS}
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), None)
+
+
+def code_of_job(codes: Iterable[int]) -> int:
+    """A job's exit code from its ranks' (below 0, or above 128: ended by a signal). A reason that one rank gives goes before what
+    the others see of it."""
+    found = set(codes) - {0}
+    for reason in (BAD_INPUT, INTEGRITY, NO_PROGRESS, SUPERSEDED):
+        if reason in found:
+            return reason
+    return 0 if not found else SAVED if found == {SAVED} else FAULT

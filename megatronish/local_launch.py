@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -12,18 +11,22 @@ import threading
 import uuid
 from pathlib import Path
 
-from megatronish.errors import UserError
+from megatronish import failures
+from megatronish.end_signals import EndSignals, send_to_children
+from megatronish.errors import UserError, code_of_job
 from megatronish.parallel.rendezvous import Place
 
 _RUN_ID = "local-"
 _PR_SET_PDEATHSIG = 1
+_STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}
 
 
-def run_local(arguments: list[str], nproc: int) -> int:
-    """Run `python -m megatronish ARGUMENTS` in `nproc` processes that know each other; the exit code: 0, 2 for bad input, 130 after
-    Ctrl-C, 1 for any other failure.
+def run_local(arguments: list[str], nproc: int, *, run_folder: Path | None = None, signals: EndSignals | None = None) -> int:
+    """Run `python -m megatronish ARGUMENTS` in `nproc` processes that know each other; the exit code: 0, 130 after Ctrl-C, or what
+    `code_of_job` makes of the ranks'.
 
-    When one ends badly the others are stopped. Output goes to this process's."""
+    When one ends badly the others are stopped, and the first failure in `run_folder` is said last. Output goes to this process's.
+    SIGUSR1 and SIGTERM are `signals`' where it is given."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -49,12 +52,18 @@ def run_local(arguments: list[str], nproc: int) -> int:
         elastic_launch(config, sys.executable)("-m", "megatronish", *arguments)
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            if failure.exitcode < 0 and failure.exitcode not in _STOPPED:
                 hint = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
                 print(f"rank {rank} of {nproc} was ended by {signal.Signals(-failure.exitcode).name}{hint}", file=sys.stderr)
         codes = [failure.exitcode for failure in error.failures.values()]
-        # Bad input is the reason where one rank reports it and others only see it go.
-        return 2 if 2 in codes else 1
+        if signals is not None and signals.told() and set(codes) <= _STOPPED:
+            return 128 + signal.SIGTERM  # before there was anything to save
+        if run_folder is not None:
+            found = [failure for failure in failures.since(run_folder, 0.0) if failure.launch.startswith(f"{config.run_id}/")]
+            codes += [failure.code for failure in found]
+            if found:
+                print(f"first failure: {found[0].describe(run_folder)}", file=sys.stderr)
+        return code_of_job(codes)
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
@@ -68,21 +77,9 @@ def pass_on_requests() -> None:
     def pass_on() -> None:
         while True:
             signal.sigwait({signal.SIGUSR2})
-            for pid in children_of(os.getpid()):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGUSR2)
+            send_to_children(signal.SIGUSR2)
 
     threading.Thread(target=pass_on, name="pass on requests", daemon=True).start()
-
-
-def children_of(pid: int) -> list[int]:
-    """Processes that `pid` has started; none where there is no /proc."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            if int(file.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(file.parent.name))
-    return found
 
 
 def must_launch(place: Place, nproc: int | None) -> bool:

@@ -16,11 +16,14 @@ import threading
 import time
 import traceback
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from megatronish.errors import exit_code_of
+from megatronish import failures
+from megatronish.comm import history
+from megatronish.errors import FAULT, exit_code_of
 from megatronish.parallel.rendezvous import Place, shared_store
 
 LINGER_SECONDS = 5.0
@@ -52,14 +55,18 @@ def lost_peer(error: BaseException) -> str | None:
 
 
 class RankGuard:
-    """Context manager around all that a rank does. `run_folder` is set as soon as it is known.
+    """Context manager around all that a rank does. `run_folder` is set as soon as it is known. `wait`: sleeps, but not for long
+    once the process is asked to end.
 
-    Alone (world size 1) it only adds to the log and lets the exception pass. As one of many it ends in SystemExit: 2 for a
-    UserError, 1 for all else (errors.py says what is without a traceback); an interrupt ends the process at once,
+    Alone (world size 1) it only adds to the log, and in RUN/failures, and lets the exception pass. As one of many it ends in
+    SystemExit, with the code of errors.py, 76 for what has none there; an interrupt ends the process at once,
     since the launcher passes it on to every rank."""
 
-    def __init__(self, place: Place, *, linger_seconds: float = LINGER_SECONDS) -> None:
+    def __init__(
+        self, place: Place, *, linger_seconds: float = LINGER_SECONDS, wait: Callable[[float], object] = time.sleep
+    ) -> None:
         self.place = place
+        self._wait = wait
         self.run_folder: Path | None = None
         self._linger_seconds = linger_seconds
 
@@ -73,12 +80,13 @@ class RankGuard:
         if error is None or not isinstance(error, Exception):
             return
         self._write_log(lost_peer(error) or _full_text(error))
+        self._leave_reason(error)
         if self.place.world_size > 1:
             raise SystemExit(self._report(error)) from error
 
     def _report(self, error: Exception) -> int:
         for_user = exit_code_of(error)
-        code = for_user or 1
+        code = for_user or FAULT
         who = f"rank {self.place.rank} of {self.place.world_size}"
         board: Board | None = shared_store(self.place, timeout=datetime.timedelta(seconds=2))
         try:
@@ -94,13 +102,31 @@ class RankGuard:
                     return code
             else:
                 if self.place.rank > 0:
-                    time.sleep(self._linger_seconds)
+                    self._wait(self._linger_seconds)
                 _print(_error_lines(error, prefix=f"{who}: ") if for_user else f"{who} failed:\n{_full_text(error)}")
                 return code
         except RuntimeError:  # the store went away meanwhile
             _print(f"{who} failed:\n{_full_text(error)}")
-        time.sleep(self._linger_seconds)
+        self._wait(self._linger_seconds)
         return code
+
+    def _leave_reason(self, error: Exception) -> None:
+        """For the launcher, and for `megatronish status`."""
+        if self.run_folder is None or not self.run_folder.is_dir():
+            return
+        reason, entries = lost_peer(error), history.current().numbered()
+        text = reason or (str(error) if exit_code_of(error) else "".join(traceback.format_exception_only(error)))
+        failure = failures.now(
+            self.place.rank,
+            self.place.world_size,
+            f"{self.place.run_id}/{self.place.restart}",
+            # An error has left the phase that it came from.
+            where=str(entries[-1][0].moment) if entries else "start",
+            error=" ".join(text.split()),
+            code=exit_code_of(error) or FAULT,
+            lost_peer=reason is not None,
+        )
+        failures.leave(self.run_folder, failure)
 
     def _write_log(self, text: str) -> None:
         if self.run_folder is None or not (self.run_folder / "logs").is_dir():

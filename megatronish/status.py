@@ -6,10 +6,12 @@ import datetime
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatronish import failures
 from megatronish.checkpoint.load import find_checkpoints
 from megatronish.checkpoint.manifest import step_of
 from megatronish.config_loader import load_config
@@ -26,7 +28,7 @@ def main(run: Path) -> int:
     if not folder.config_file.is_file() and not (run / "submit").is_dir():
         raise UserError(f"{run} is not the folder of a run: there is no {folder.config_file}; give RUN_ROOT/NAME of a run")
     for name, fact in facts(folder):
-        print(f"{name + ':':<12} {fact}")
+        print(f"{name + ':':<13} {fact}")
     return 0
 
 
@@ -42,6 +44,8 @@ def facts(folder: RunFolder) -> Iterator[tuple[str, str]]:
         yield "step", f"{row['step']:,}{total}, {ago(folder.path / 'metrics.jsonl')}"
         yield "loss", f"{row['loss']:.4f}"
         yield "tokens/s", f"{row['tokens_per_second']:,.0f}"
+    if (failure := failures.latest(folder.path)) is not None:
+        yield "last failure", f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(failure.time))} {failure.describe(folder.path)}"
     newest = find_checkpoints(folder.checkpoints)[:1]
     yield "checkpoint", f"step {step_of(newest[0].name):,}, {ago(newest[0])}" if newest else "none yet"
 

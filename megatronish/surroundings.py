@@ -16,6 +16,7 @@ from megatronish.data.gpt_dataset import TokenDataset, TrainingDataset
 from megatronish.data.open import open_sets
 from megatronish.data.tokenizer import load_tokenizer
 from megatronish.errors import Problems
+from megatronish.life import Life
 from megatronish.observe.start_clock import StartClock
 from megatronish.observe.wandb_run import require_wandb
 from megatronish.run_folder import RunFolder
@@ -81,6 +82,11 @@ class Surroundings:
     clock: StartClock = field(default_factory=StartClock)
     adapt: Callable[[Assembly], None] | None = None
     """What a rehearsal changes in what was built."""
+
+    told: Callable[[], bool] = lambda: False
+    """Whether this process was asked, by a signal, to save and end."""
+    life: Life | None = None
+    """Of the rank that writes."""
 
     @property
     def keeps_files(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from megatronish import checkpointing, formulas
+from megatronish import checkpointing, failures, formulas
 from megatronish.after_step import AfterStep
 from megatronish.assemble import DTYPES, Assembly, assemble, mesh_shape
 from megatronish.comm import barrier, streams
@@ -22,6 +23,9 @@ from megatronish.config_loader import load_config
 from megatronish.constraints import warnings
 from megatronish.data.loader import BatchLoader
 from megatronish.early_stopping import EarlyStopping
+from megatronish.end_signals import EndSignals
+from megatronish.errors import SAVED
+from megatronish.life import Life
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
 from megatronish.observe.log import setup_logging
@@ -40,18 +44,21 @@ from megatronish.surroundings import Datasets, Share, Surroundings, open_dataset
 from megatronish.training_samples import FILE_NAME as SAMPLES_FILE
 
 
-def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
+def main(config_path: str, overrides: list[str], nproc: int | None, signals: EndSignals | None = None) -> int:
     """Train, in this process or in `nproc` new ones; the exit code. UserError for bad input, before anything is started."""
     clock = StartClock()
     clock.end("import")
     place = find_place()
+    signals = signals or EndSignals()
     if must_launch(place, nproc):
         config = load_config(config_path, overrides, world_size=nproc)
         open_datasets(config)
-        RunFolder.of(config).prepare(config)
-        return run_local(["train", config_path, *overrides], nproc or 1)
+        folder = RunFolder.of(config)
+        folder.prepare(config)
+        signals.pass_on()
+        return run_local(["train", config_path, *overrides], nproc or 1, run_folder=folder.path, signals=signals)
     end_with_launcher(place)
-    with RankGuard(place) as guard:
+    with RankGuard(place, wait=signals.wait) as guard:
         config = load_config(config_path, overrides, world_size=place.world_size)
         folder = RunFolder.of(config)
         guard.run_folder = folder.path
@@ -66,9 +73,9 @@ def main(config_path: str, overrides: list[str], nproc: int | None) -> int:
             clock.end("agreement")
             mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
             clock.end("groups")
-            train_in_folder(config, mesh, datasets, place, clock)
+            must_go_on = train_in_folder(config, mesh, datasets, place, clock, signals)
             disconnect()
-    return 0
+    return SAVED if must_go_on else 0
 
 
 def listening_post(config: Config, folder: RunFolder, place: Place) -> PostMortem:
@@ -78,17 +85,26 @@ def listening_post(config: Config, folder: RunFolder, place: Place) -> PostMorte
     return PostMortem(folder.path, who, hang_seconds=config.observe.hang_seconds)
 
 
-def train_in_folder(config: Config, mesh: Mesh, datasets: Datasets, place: Place, clock: StartClock) -> None:
-    """One rank's whole run in its run folder. Collective over the job."""
-    folder = RunFolder.of(config)
-    if mesh.rank == 0:
-        folder.prepare(config)
-    barrier(mesh.groups["world"], what="run folder")
-    log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
-    log.info("%s", place.describe())
-    token = f"{place.run_id}/{place.restart}"
-    around = Surroundings(folder, log, token=token, ranks_per_host=place.local_world_size, clock=clock)
-    run_training(config, mesh, datasets, around)
+def train_in_folder(
+    config: Config, mesh: Mesh, datasets: Datasets, place: Place, clock: StartClock, signals: EndSignals | None = None
+) -> bool:
+    """One rank's life in its run folder; whether it ended for another life to go on. Collective over the job."""
+    folder, signals = RunFolder.of(config), signals or EndSignals()
+    with ExitStack() as stack:
+        life = None
+        if mesh.rank == 0:
+            folder.prepare(config)
+            life = stack.enter_context(Life(folder.path, place.run_id, place.restart))
+        barrier(mesh.groups["world"], what="run folder")
+        begun = time.time()
+        log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
+        log.info("%s", place.describe())
+        token = f"{place.run_id}/{place.restart}"
+        around = Surroundings(
+            folder, log, token=token, ranks_per_host=place.local_world_size, clock=clock, told=signals.told, life=life
+        )
+        signals.begin(lambda: any(failure.launch == token for failure in failures.since(folder.path, begun - 60)))
+        return run_training(config, mesh, datasets, around)
 
 
 def run_facts(config: Config, datasets: Datasets) -> dict[str, str]:
@@ -101,8 +117,9 @@ def run_facts(config: Config, datasets: Datasets) -> dict[str, str]:
     return config_facts(config) | version_facts() | {name: f"{value:016x}" for name, value in fingerprints.items()}
 
 
-def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroundings) -> None:
-    """One rank's whole run: build, resume or draw, check, train. Collective over the job."""
+def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroundings) -> bool:
+    """One rank's whole run: build, resume or draw, check, train; whether it ended for another life to go on. Collective over the
+    job."""
     log, is_writer = around.log, mesh.rank == 0 and around.keeps_files
     with ExitStack() as stack:
         copy: Callable[[Tensor], Tensor] = around.device_copy or partial(streams.copy_to_device, device=mesh.device)
@@ -130,10 +147,10 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         log_facts(run, datasets, log)
         if done >= config.num_steps:
             log.info("step %d of %d: this run is complete; raise train.steps to go on", done, config.num_steps)
-            return
+            return False
         if early_stopping.is_exhausted:
             log.info("step %d of %d: this run has stopped early: %s", done, config.num_steps, early_stopping.describe())
-            return
+            return False
         peak = peak_tflops(config, mesh, around.ranks_per_host)
         with phase("dry batch"):
             loss = dry_batch(run, done + 1)
@@ -154,6 +171,7 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
             if not after(result):
                 break
         after.saver.finish()
+    return after.must_go_on
 
 
 def open_metrics(config: Config, folder: RunFolder, *, first_step: int) -> MetricsWriter:

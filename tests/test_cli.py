@@ -59,7 +59,7 @@ def test_a_verb_passes_its_arguments_on(module: str, arguments: list[str], expec
     code = (
         "import json, sys, types\n"
         f"stand_in = types.ModuleType({module!r})\n"
-        "stand_in.main = lambda *given: print(json.dumps(given))\n"
+        "stand_in.main = lambda *given: print(json.dumps([word for word in given if type(word).__name__ != 'EndSignals']))\n"
         f"sys.modules[{module!r}] = stand_in\n"
         f"sys.argv[1:] = {arguments}\n"
         "from megatronish import cli\ncli.main()\n"
@@ -90,7 +90,7 @@ def test_config_print_knows_the_runs_folder(root: Path) -> None:
     ("error", "code", "lines"),
     [
         ("UserError('a\\nb')", 2, ["error: a", "error: b"]),
-        ("RunStopped('step 3')", 1, ["error: step 3"]),
+        ("RunStopped('step 3')", 77, ["error: step 3"]),
         ("KeyboardInterrupt()", 130, []),
     ],
 )

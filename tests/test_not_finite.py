@@ -240,13 +240,13 @@ PLANTED = (
 )
 
 
-def test_a_run_ends_with_one_line_and_exit_code_1_and_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_run_ends_with_one_line_and_exit_code_77_and_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     config = write_run(tmp_path, observe={"log_interval": 10})
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(PLANTED)
     environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{Path(__file__).parent.parent}"}
     stopped = megatronish("train", str(config), "--nproc", "2", **environment)
-    assert stopped.returncode == 1, stopped.stderr
+    assert stopped.returncode == 77, stopped.stderr
     (line,) = error_lines(stopped.stderr)
     # The last layer's is the first that backward reaches.
     assert line.startswith("error: step 7: the gradient of layers.3.mlp.down.weight on rank 1 [pp0 dp1 tp0] is not finite")

@@ -17,7 +17,7 @@ from megatronish.checkpoint.manifest import DTYPES, Manifest, TensorEntry, Tenso
 from megatronish.checkpoint.pieces import piece_key, whole_box
 from megatronish.checkpoint.verify import examine, read_manifest
 from megatronish.comm import Group
-from megatronish.errors import UserError
+from megatronish.errors import IntegrityError, UserError
 from megatronish.layout import Rectangle
 
 _CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def newest_loadable(root: Path, *, world: Group, log: Callable[[str], None], device: torch.device = _CPU) -> Checkpoint | None:
     """The newest checkpoint that verifies, None if there is none at all. Every newer one that is refused is logged with the reason.
-    UserError if all are refused. Collective over `world`: two all-gathers of fixed size for each one looked at."""
+    IntegrityError if all are refused. Collective over `world`: two all-gathers of fixed size for each one looked at."""
     refused: list[str] = []
     below: int | None = None
     while True:
@@ -171,7 +171,7 @@ def newest_loadable(root: Path, *, world: Group, log: Callable[[str], None], dev
         log(f"REFUSED {problem}")
         below = step
     if refused:
-        raise UserError(
+        raise IntegrityError(
             f"no checkpoint in {root} can be used:\n  " + "\n  ".join(refused) + "\nremove them all to start from step 0"
         )
     return None

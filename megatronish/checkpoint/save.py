@@ -43,9 +43,9 @@ from megatronish.checkpoint.pieces import Piece, tiling_problem
 from megatronish.checkpoint.storage import Storage
 from megatronish.checkpoint.verify import verify_checkpoint
 from megatronish.comm import Group
-from megatronish.errors import UserError
+from megatronish.errors import Superseded, UserError
 
-_DISK, _INTERNAL = 1, 2
+_DISK, _INTERNAL, _SUPERSEDED = 1, 2, 3
 _PLACEHOLDER_SIZE = 10**15
 _CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ class Row:
     """What a rank tells the others about its part."""
 
     failed: int = 0
-    """0, _DISK (then `error_number` says which) or _INTERNAL."""
+    """0, _DISK (then `error_number` says which), _INTERNAL or _SUPERSEDED."""
     error_number: int = 0
     size: int = 0
     digest_high: int = 0
@@ -90,6 +90,8 @@ class SaveJob:
     device: torch.device = _CPU
     """Carries the rows of numbers: of the kind that `world` communicates on."""
     log: Callable[[str], None] = lambda line: None
+    require_current: Callable[[], object] = lambda: None
+    """Rank 0 asks, when it begins and just before the rename; raises Superseded if the run is another life's by now."""
 
     @cached_property
     def attempt(self) -> int:
@@ -145,6 +147,8 @@ def write_own_part(job: SaveJob) -> Part:
     """Write this rank's file. Never raises an Exception: a rank that did would leave the others waiting in the all-gather."""
     index, storage = job.world.index, job.storage
     try:
+        if index == 0:
+            job.require_current()
         tensors = _named_tensors(job)
         storage.make_directory(job.root)
         storage.make_directory(job.temporary)
@@ -169,7 +173,7 @@ def failure_row(job: SaveJob, error: Exception) -> Row:
     """What a rank that failed tells the others."""
     if isinstance(error, OSError):
         return Row(_DISK, error.errno or 0, attempt=job.attempt)
-    return Row(_INTERNAL, attempt=job.attempt)
+    return Row(_SUPERSEDED if isinstance(error, Superseded) else _INTERNAL, attempt=job.attempt)
 
 
 def gather(job: SaveJob, part: Part) -> list[Row]:
@@ -249,6 +253,8 @@ def _raise_failures(job: SaveJob, rows: Sequence[Row], error: Exception | None) 
             full = row.error_number in (errno.ENOSPC, errno.EDQUOT)
             advice = "free space, lower checkpoint.keep or change run_root" if full else "check run_root"
             raise UserError(f"{where}: rank {rank}: {reason}; {advice}. Earlier checkpoints are whole") from error
+        if row.failed == _SUPERSEDED:
+            raise Superseded(f"{where}: a later life of the run has begun; this one ends")
         if row.failed:
             why = repr(error) if error and rank == job.world.index else "its log says why"
             raise RuntimeError(f"{where}: rank {rank} failed: {why}. Earlier checkpoints are whole") from error
@@ -290,6 +296,7 @@ def _finish(job: SaveJob, plan: Sequence[Sequence[Piece]], rows: Sequence[Row]) 
             job.storage.remove(job.temporary / name)
     job.storage.write_bytes(job.temporary / MANIFEST, _manifest(job, entries, plan))
     job.storage.sync_directory(job.temporary)
+    job.require_current()
     job.storage.rename(job.temporary, job.final)
     job.storage.sync_directory(job.root)
 

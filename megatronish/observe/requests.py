@@ -1,10 +1,11 @@
-"""`touch RUN/STOP`: save and end. `touch RUN/SAVE`: save now and go on.
+"""`touch RUN/STOP`: save and end. `touch RUN/SAVE`: save now and go on. A signal to any rank: save, end, and go on in another life.
 
-One rank looks, on log steps, where the host waits anyway; all ranks act after the same step: at most observe.log_interval
-steps after the touch."""
+One rank looks for files, on log steps, where the host waits anyway; all ranks act after the same step: at most
+observe.log_interval steps after the touch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +23,20 @@ class Requests:
 
     stop: bool = False
     save: bool = False
+    requeue: bool = False
+    """Save and end, for another life to go on."""
+    superseded: bool = False
+    """Another life has begun already."""
 
 
 class RequestFiles:
-    """The two files. `looks`: this rank reads and removes them; the others, and a rehearsal, hear of them."""
+    """The two files, `told`: whether a signal came to this rank, and `is_current`: whether the run is still this life's. `looks`:
+    this rank reads and removes the files; the others, and a rehearsal, hear of them."""
 
-    def __init__(self, run_dir: Path, *, looks: bool) -> None:
+    def __init__(
+        self, run_dir: Path, *, looks: bool, told: Callable[[], bool] = lambda: False, is_current: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._told, self._is_current = told, is_current
         self._paths = {name: run_dir / name for name in (STOP, SAVE)}
         self._looks = looks
 
@@ -36,11 +45,12 @@ class RequestFiles:
         return self._remove(Requests(stop=True, save=True))
 
     def ask(self, *, world: Group, device: torch.device) -> Requests:
-        """What is asked for now: the same answer on every rank. Collective over `world`, one all-reduce of two numbers; waits."""
+        """What is asked for now: the same answer on every rank. Collective over `world`, one all-reduce of four numbers; waits."""
         seen = [float(self._looks and path.exists()) for path in self._paths.values()]
+        seen += [float(self._told()), float(not self._is_current())]
         answer = all_reduce(torch.tensor(seen, device=device), world, "max", what="requests")
-        stop, save = read_values(answer, [0.0, 0.0])
-        return Requests(stop=stop > 0, save=save > 0)
+        stop, save, requeue, superseded = read_values(answer, [0.0] * 4)
+        return Requests(stop=stop > 0, save=save > 0, requeue=requeue > 0, superseded=superseded > 0)
 
     def answered(self, requests: Requests) -> None:
         """What was asked is done: remove the files. A request made meanwhile is taken as answered by the same save."""

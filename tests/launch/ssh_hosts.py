@@ -1,4 +1,4 @@
-"""Two hosts for launchers that go over ssh: a server of our own on each of two loopback addresses, and an `ssh` that knows only them.
+"""Two hosts for launchers that go over ssh: our own server on each of two loopback addresses, and an `ssh` that knows only them.
 
 The second server has a host name of its own (a UTS namespace): Open MPI names the shared memory of its local ranks after the host,
 and ranks of two hosts by one name would write into each other's.

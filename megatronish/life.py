@@ -1,0 +1,108 @@
+"""One life of a run at a time. RUN/life.json names the launch that the run belongs to, and its modification time says it lives.
+
+Slurm may start the next life of a job while ranks of the last one still run on a node that it lost. So a checkpoint becomes one
+only if the file still names its own launch, read again just before, and a life that finds another name there ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatronish.errors import Superseded, UserError
+from megatronish.json_file import write_json
+from megatronish.observe.post_mortem import state_of_process
+
+FILE_NAME = "life.json"
+BEAT_SECONDS = 5.0
+STALE_SECONDS = 20.0
+"""After so long without a beat nobody is taken to be alive."""
+
+
+class Life:
+    """Context manager of the rank that writes: takes the run over, or refuses. `launch`: of a job (`slurm-JOB.STEP`, or a
+    launcher's own name), its `restart`: a later life of the same job takes over from an earlier one, whatever that still does."""
+
+    def __init__(self, run_dir: Path, launch: str, restart: int, *, beat_seconds: float = BEAT_SECONDS) -> None:
+        self.path = run_dir / FILE_NAME
+        self._job, _, step = launch.partition(".") if launch.startswith("slurm-") else (launch, "", "")
+        self._order = [restart, int(step) if step.isdecimal() else 0]
+        # Not every launcher names its jobs.
+        self.token = f"{launch}/{restart}/{uuid.uuid4().hex[:8]}"
+        self._beat = beat_seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_beating, name="life", daemon=True)
+
+    def __enter__(self) -> Life:
+        """UserError, one line, if another job is at work in this folder. May watch for a few seconds to know."""
+        before = _read(self.path)
+        is_later = before is not None and before.get("job") == self._job and before.get("order", []) < self._order
+        if before is not None and not is_later and self._is_alive(before):
+            raise UserError(
+                f"{self.path.parent} is the folder of a run at work: {before.get('job')}, process {before.get('pid')} on "
+                f"{before.get('host')}; end that first, or use another name"
+            )
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "started": state_of_process(os.getpid())[1]}
+        write_json(self.path, {"token": self.token, "job": self._job, "order": self._order, **process, "time": time.time()})
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10.0)
+        if self.is_current():
+            with contextlib.suppress(OSError):
+                write_json(self.path, {**(_read(self.path) or {}), "ended": time.time()})
+
+    def is_current(self) -> bool:
+        """Whether no other life has begun."""
+        found = _read(self.path)
+        return found is not None and found.get("token") == self.token
+
+    def require_current(self) -> None:
+        """Superseded unless it is."""
+        if not self.is_current():
+            other = (_read(self.path) or {}).get("token", "nobody")
+            raise Superseded(f"{self.path.parent} now belongs to {other}, not to {self.token} any more: this life ends, unsaved")
+
+    def _keep_beating(self) -> None:
+        while not self._ended.wait(self._beat):
+            if not self.is_current():
+                return
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+    def _is_alive(self, before: dict[str, Any]) -> bool:
+        if "ended" in before:
+            return False
+        if before.get("host") == socket.gethostname():
+            state, started = state_of_process(int(before.get("pid", 0)))
+            return state not in ("", "Z") and started == before.get("started") and before.get("pid") != os.getpid()
+        # Clocks of hosts differ: only the file system's counts. Two beats apart, a life shows itself.
+        first = self.path.stat().st_mtime
+        probe = self.path.with_name(f".{FILE_NAME}.{os.getpid()}")
+        probe.touch()
+        age = probe.stat().st_mtime - first
+        probe.unlink()
+        stop = time.monotonic() + 2 * self._beat + 1
+        while age < STALE_SECONDS and time.monotonic() < stop:
+            with contextlib.suppress(OSError):
+                if self.path.stat().st_mtime != first:
+                    return "ended" not in (_read(self.path) or {})
+            time.sleep(0.2)
+        return False
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
