@@ -20,15 +20,17 @@ from megatronish.batch import Batch
 from megatronish.comm import Group
 from megatronish.comm.streams import PhaseClock
 from megatronish.config import Config
+from megatronish.deepspeed_engine import EngineGradients, EngineOptimizer, EngineStage, EngineTrainer
 from megatronish.layout import ParamLayout
 from megatronish.models import MODELS
 from megatronish.models.layers import place_dropout
 from megatronish.optim.buckets import Bucket, bucket_elements, plan_buckets
+from megatronish.optim.grad_buffer import GradBuffer
 from megatronish.optim.parameters import FlatParameters
 from megatronish.optim.sharded_grads import make_grad_buffer
 from megatronish.optim.step_guard import StepGuard
-from megatronish.optim.weight_gradients import WeightGradientQueue
-from megatronish.optim.zero import ZeroAdamW
+from megatronish.optim.weight_gradients import AutogradGradients, WeightGradientQueue
+from megatronish.optim.zero import Optimizer, ZeroAdamW
 from megatronish.parallel.loss import LossTerms, vocab_parallel_cross_entropy
 from megatronish.parallel.mesh import Mesh, MeshShape
 from megatronish.parallel.recompute import recompute_blocks, recompute_selectively
@@ -109,7 +111,7 @@ class CutModel:
     layout: ParamLayout
     buckets: list[Bucket]
     parameters: FlatParameters
-    gradients: WeightGradientQueue
+    gradients: WeightGradientQueue | AutogradGradients
 
 
 def buckets_of(config: Config, layout: ParamLayout, *, stage: int, tp_rank: int, dp_size: int) -> list[Bucket]:
@@ -131,7 +133,7 @@ def cut_model(config: Config, mesh: Mesh) -> CutModel:
     architecture = MODELS[config.model.architecture]
     sequence_parallel = config.parallel.sequence and mesh.size("tp") > 1
     layout = param_layout(config, mesh.size("tp"), sequence_parallel)
-    gradients = WeightGradientQueue()
+    gradients = WeightGradientQueue() if config.parallel.zero_engine == "native" else AutogradGradients()
     tp = TensorParallel(
         group=mesh.groups["tp"],
         sequence_parallel=sequence_parallel,
@@ -175,16 +177,20 @@ class MaskedLossSum:
         return (loss_SB * batch.loss_mask_SB).sum()
 
 
+def masked_loss(config: Config, mesh: Mesh) -> MaskedLossSum:
+    """What the last stage ends in."""
+    terms = LossTerms(label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
+    return MaskedLossSum(config.model.vocab_size, config.model.padded_vocab_size, mesh.groups["tp"], terms)
+
+
 def build_pipeline(config: Config, mesh: Mesh, model: nn.Module) -> PipelineRuntime:
     """The runtime of this rank's stage."""
-    terms = LossTerms(label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss)
-    loss = MaskedLossSum(config.model.vocab_size, config.model.padded_vocab_size, mesh.groups["tp"], terms)
     stage = Stage(
         model,
         stage=mesh.index("pp"),
         num_stages=mesh.size("pp"),
         num_chunks=config.parallel.num_chunks,
-        loss_function=loss,
+        loss_function=masked_loss(config, mesh),
     )
     S = config.data.sequence_length // (mesh.size("tp") if config.parallel.sequence else 1)
     shape = (S, config.train.micro_batch_size, config.model.hidden_size)
@@ -245,31 +251,23 @@ class Assembly:
     config: Config
     mesh: Mesh
     cut: CutModel
-    optimizer: ZeroAdamW
+    optimizer: Optimizer
     trainer: Trainer
 
 
 def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
     """Build everything a rank needs to train. Weights are NaN until drawn (`draw_weights`) or loaded."""
     cut = cut_model(config, mesh)
-    grads = make_grad_buffer(
-        cut.buckets,
-        cut.parameters.by_name,
-        groups=mesh.groups,
-        zero_stage=config.parallel.zero_stage,
-        dtype=main_dtype(config),
-        device=mesh.device,
-        reduce_dtype=reduce_dtype(config),
-    )
-    cut.gradients.attach(grads)
-    optimizer = ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=config.parallel.zero_stage)
-    _wait_before_use(cut.model, optimizer)
+    grads, optimizer = _own_optimizer(config, mesh, cut) if config.parallel.zero_engine == "native" else _engine(config, mesh, cut)
     apply_recompute(config, mesh, cut.model)
-    trainer = Trainer(
+    pipeline, make_trainer = build_pipeline(config, mesh, cut.model), Trainer
+    if isinstance(optimizer, EngineOptimizer):
+        pipeline.stage, make_trainer = EngineStage(cut.model, masked_loss(config, mesh), optimizer), EngineTrainer
+    trainer = make_trainer(
         config=config,
         mesh=mesh,
         batches=batches,
-        pipeline=build_pipeline(config, mesh, cut.model),
+        pipeline=pipeline,
         # Lowered when first asked for: a ramp of the batch size has several.
         train_steps=cache(partial(training_steps, config, mesh)),
         evaluation_steps=evaluation_steps(config, mesh),
@@ -285,6 +283,29 @@ def assemble(config: Config, mesh: Mesh, batches: BatchSource) -> Assembly:
         chunk_parameters=parameters_by_chunk(cut.model, split_model(config)[mesh.index("pp")]),
     )
     return Assembly(config, mesh, cut, optimizer, trainer)
+
+
+def _own_optimizer(config: Config, mesh: Mesh, cut: CutModel) -> tuple[GradBuffer, Optimizer]:
+    zero_stage = config.parallel.zero_stage
+    assert zero_stage != 3 and isinstance(cut.gradients, WeightGradientQueue)
+    grads = make_grad_buffer(
+        cut.buckets,
+        cut.parameters.by_name,
+        groups=mesh.groups,
+        zero_stage=zero_stage,
+        dtype=main_dtype(config),
+        device=mesh.device,
+        reduce_dtype=reduce_dtype(config),
+    )
+    cut.gradients.attach(grads)
+    optimizer = ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=zero_stage)
+    _wait_before_use(cut.model, optimizer)
+    return grads, optimizer
+
+
+def _engine(config: Config, mesh: Mesh, cut: CutModel) -> tuple[GradBuffer, Optimizer]:
+    optimizer = EngineOptimizer(config, mesh, cut)
+    return EngineGradients(optimizer, groups=mesh.groups, device=mesh.device), optimizer
 
 
 def apply_recompute(config: Config, mesh: Mesh, model: nn.Module) -> None:

@@ -82,6 +82,7 @@ def check_config(
     resolved = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [], world_size=world)
     for line in importlib.import_module("megatronish.constraints").warnings(resolved, world):
         typer.echo(f"warning: {line}", err=True)
+    importlib.import_module("megatronish.deepspeed_settings").check_engine(resolved, world)
     missing = resolved.data.missing_files()
     if not missing and resolved.data.order == "permutation":  # the other order writes an index
         importlib.import_module("megatronish.surroundings").open_datasets(resolved)

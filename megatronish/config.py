@@ -102,9 +102,16 @@ class ParallelConfig(Section):
     """Model chunks of one stage: the layers are cut into pipeline x num_chunks parts, dealt out round-robin."""
     stage_layers: tuple[PositiveInt, ...] | None = None
     """Layers of each part, pipeline x num_chunks numbers in the order of the model; balanced by cost when not given."""
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     """0: every data rank keeps all optimizer state; 1: each 1/data of it; 2: of the gradients too (Rajbhandari et al. 2020), which
-    then travel once a microbatch instead of once a step."""
+    then travel once a microbatch instead of once a step; 3, with zero_engine=deepspeed: of the parameters too."""
+    zero_engine: Literal["native", "deepspeed"] = "native"
+    """Whose optimizer, gradients and ZeRO: ours, or DeepSpeed's engine around the same model and tensor ranks (no pipeline)."""
+    offload: Literal["none", "cpu"] = "none"
+    """zero_engine=deepspeed only. cpu: optimizer state and its update on the host (Ren et al. 2021)."""
+    deepspeed_config: Text | None = None
+    """zero_engine=deepspeed only: a DeepSpeed JSON whose further settings are taken over; what contradicts this config is an error.
+    What the engine gets is written to RUN/ds_config.json."""
     recompute: Recompute | tuple[Recompute, ...] = "none"
     """`full` keeps only each block's input for backward and runs its forward again; `selective` does so for norms, activations and
     the attention core (Korthikanti et al. 2022). A list gives one for each stage."""

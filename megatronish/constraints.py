@@ -424,6 +424,86 @@ RECOMPUTE = (
     ),
 )
 
+
+def _refused_by_deepspeed(key: str, holds: Callable[[Layout], bool], given: Callable[[Layout], object], advice: str) -> Constraint:
+    """A setting that parallel.zero_engine=deepspeed cannot do."""
+    return Constraint(
+        name=f"parallel.zero_engine=deepspeed and {key}",
+        keys=(key, "parallel.zero_engine"),
+        applies=lambda c: c.parallel.zero_engine == "deepspeed",
+        holds=holds,
+        message=lambda c: f"{key}={given(c)} with parallel.zero_engine=deepspeed; {advice}, or parallel.zero_engine to native",
+    )
+
+
+def _needs_deepspeed(key: str, holds: Callable[[Layout], bool], given: Callable[[Layout], object], advice: str) -> Constraint:
+    """A setting that only parallel.zero_engine=deepspeed has."""
+    return Constraint(
+        name=f"{key} needs parallel.zero_engine=deepspeed",
+        keys=(key, "parallel.zero_engine"),
+        applies=lambda c: c.parallel.zero_engine == "native",
+        holds=holds,
+        message=lambda c: f"{key}={given(c)} needs parallel.zero_engine=deepspeed; set it, or {advice}",
+    )
+
+
+ENGINE = (
+    _needs_deepspeed("parallel.zero_stage", lambda c: c.parallel.zero_stage != 3, lambda c: 3, "parallel.zero_stage to 0, 1 or 2"),
+    _needs_deepspeed(
+        "parallel.offload", lambda c: c.parallel.offload == "none", lambda c: c.parallel.offload, "parallel.offload to none"
+    ),
+    _needs_deepspeed(
+        "parallel.deepspeed_config",
+        lambda c: c.parallel.deepspeed_config is None,
+        lambda c: c.parallel.deepspeed_config,
+        "remove parallel.deepspeed_config",
+    ),
+    _refused_by_deepspeed(
+        "parallel.zero_stage", lambda c: c.parallel.zero_stage > 0, lambda c: 0, "set parallel.zero_stage to 1, 2 or 3"
+    ),
+    _refused_by_deepspeed(
+        "parallel.pipeline", lambda c: c.parallel.pipeline == 1, lambda c: c.parallel.pipeline, "set parallel.pipeline to 1"
+    ),
+    _refused_by_deepspeed(
+        "parallel.num_chunks", lambda c: c.parallel.num_chunks == 1, lambda c: c.parallel.num_chunks, "set parallel.num_chunks to 1"
+    ),
+    _refused_by_deepspeed(
+        "parallel.sequence", lambda c: not c.parallel.sequence, lambda c: "true", "set parallel.sequence to false"
+    ),
+    _refused_by_deepspeed(
+        "train.dtype",
+        lambda c: c.train.dtype == "float32",
+        lambda c: c.train.dtype,
+        "set train.dtype to float32",
+    ),
+    _refused_by_deepspeed(
+        "optim.grad_reduce_dtype",
+        lambda c: c.optim.grad_reduce_dtype in (None, "float32"),
+        lambda c: c.optim.grad_reduce_dtype,
+        "remove optim.grad_reduce_dtype",
+    ),
+    Constraint(
+        name="parallel.zero_stage=3 and parallel.recompute",
+        keys=("parallel.recompute", "parallel.zero_stage"),
+        applies=lambda c: c.parallel.zero_engine == "deepspeed" and c.parallel.zero_stage == 3,
+        holds=lambda c: "selective" not in (c.parallel.recompute, *c.parallel.recompute),
+        message=lambda c: (
+            "parallel.recompute=selective with parallel.zero_engine=deepspeed and parallel.zero_stage=3, whose hooks stand between "
+            "a norm and its linear; set parallel.recompute to none or full, or parallel.zero_stage to 2"
+        ),
+    ),
+    Constraint(
+        name="parallel.zero_stage=3 and observe.sample_interval",
+        keys=("observe.sample_interval", "parallel.zero_stage"),
+        applies=lambda c: c.parallel.zero_engine == "deepspeed" and c.parallel.zero_stage == 3,
+        holds=lambda c: c.config.observe.sample_interval == 0,
+        message=lambda c: (
+            f"observe.sample_interval={c.config.observe.sample_interval} with parallel.zero_stage=3, where no rank holds whole "
+            f"weights; set observe.sample_interval to 0, or parallel.zero_stage to 2"
+        ),
+    ),
+)
+
 SCHEDULE = (
     Constraint(
         name="train.steps or train.tokens",
@@ -622,4 +702,4 @@ OBSERVE = (
     ),
 )
 
-CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *RAMP, *RECOMPUTE, *SCHEDULE, *DATA, *OBSERVE)
+CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *RAMP, *RECOMPUTE, *ENGINE, *SCHEDULE, *DATA, *OBSERVE)

@@ -19,6 +19,7 @@ import megatronish
 from megatronish.config import Config
 from megatronish.config_loader import load_config, to_yaml
 from megatronish.constraints import warnings
+from megatronish.deepspeed_settings import check_engine
 from megatronish.errors import UserError
 from megatronish.json_file import write_json
 from megatronish.preflight.certificate import find_certificate
@@ -74,12 +75,16 @@ def main(config_path: str, overrides: list[str], request: Request) -> int:
     template = find_template()
     config = load_config(config_path, overrides, world_size=request.world_size)
     folder = RunFolder.of(config)
+    check_engine(config, request.world_size)
     folder.check_belongs_to(config)
     for line in warnings(config, request.world_size):
         print(f"warning: {line}", file=sys.stderr)
     for missing in config.data.missing_files():
         print(f"warning: {missing} is not on this machine; every node of the job must see it", file=sys.stderr)
-    if request.preflight and not certified(config, folder, request) and not rehearse(config_path, overrides, request):
+    wanted = request.preflight and config.parallel.zero_engine == "native"
+    if request.preflight and not wanted:
+        print("preflight: skipped, since it does not know what DeepSpeed's engine communicates", file=sys.stderr)
+    if wanted and not certified(config, folder, request) and not rehearse(config_path, overrides, request):
         return 1
     stamp = time.strftime("%Y%m%d-%H%M%S")
     home = folder.path.absolute() / "submit" / stamp

@@ -22,6 +22,7 @@ from megatronish.config import Config
 from megatronish.config_loader import load_config
 from megatronish.constraints import warnings
 from megatronish.data.loader import BatchLoader
+from megatronish.deepspeed_settings import check_engine, write_settings
 from megatronish.early_stopping import EarlyStopping
 from megatronish.end_signals import EndSignals
 from megatronish.errors import SAVED
@@ -52,6 +53,7 @@ def main(config_path: str, overrides: list[str], nproc: int | None, signals: End
     signals = signals or EndSignals()
     if must_launch(place, nproc):
         config = load_config(config_path, overrides, world_size=nproc)
+        check_engine(config, nproc or 1)
         open_datasets(config)
         folder = RunFolder.of(config)
         folder.prepare(config)
@@ -60,6 +62,7 @@ def main(config_path: str, overrides: list[str], nproc: int | None, signals: End
     end_with_launcher(place)
     with RankGuard(place, wait=signals.wait) as guard:
         config = load_config(config_path, overrides, world_size=place.world_size)
+        check_engine(config, place.world_size)
         folder = RunFolder.of(config)
         guard.run_folder = folder.path
         streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
@@ -144,6 +147,7 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         early_stopping.restore(resumed.numbers.get("early_stopping", {}))
         if is_writer:
             around.folder.record(config)
+            write_settings(config, mesh.shape.num_ranks, around.folder.path)
         log_facts(run, datasets, log)
         if done >= config.num_steps:
             log.info("step %d of %d: this run is complete; raise train.steps to go on", done, config.num_steps)

@@ -18,7 +18,7 @@ from megatronish.optim.grad_buffer import GradBuffer
 from megatronish.optim.grad_norm import owned_square_sum
 from megatronish.optim.lr_schedule import learning_rate
 from megatronish.optim.step_guard import StepGuard
-from megatronish.optim.zero import ZeroAdamW
+from megatronish.optim.zero import Optimizer
 from megatronish.parallel.mesh import Mesh
 from megatronish.pipeline.lower import Step
 from megatronish.pipeline.runtime import PipelineRuntime
@@ -56,7 +56,7 @@ class Trainer:
     """Number of microbatches -> this stage's lowered schedule."""
     evaluation_steps: list[Step]
     grads: GradBuffer
-    optimizer: ZeroAdamW
+    optimizer: Optimizer
     guard: StepGuard
     clock: PhaseClock
     chunk_parameters: list[list[nn.Parameter]]

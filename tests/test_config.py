@@ -295,6 +295,61 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("3 choices", "parallel.pipeline=2"),
     ),
+    "parallel.zero_stage needs parallel.zero_engine=deepspeed": (
+        {"parallel": {"zero_stage": 3}},
+        None,
+        ("parallel.zero_stage=3", "parallel.zero_engine=deepspeed"),
+    ),
+    "parallel.offload needs parallel.zero_engine=deepspeed": (
+        {"parallel": {"offload": "cpu"}},
+        None,
+        ("parallel.offload=cpu", "parallel.zero_engine=deepspeed"),
+    ),
+    "parallel.deepspeed_config needs parallel.zero_engine=deepspeed": (
+        {"parallel": {"deepspeed_config": "ds.json"}},
+        None,
+        ("parallel.deepspeed_config=ds.json", "parallel.zero_engine=deepspeed"),
+    ),
+    "parallel.zero_engine=deepspeed and parallel.zero_stage": (
+        {"parallel": {"zero_engine": "deepspeed", "zero_stage": 0}},
+        None,
+        ("parallel.zero_stage=0", "zero_engine to native"),
+    ),
+    "parallel.zero_engine=deepspeed and parallel.pipeline": (
+        {"parallel": {"zero_engine": "deepspeed", "pipeline": 2}},
+        None,
+        ("parallel.pipeline=2", "zero_engine to native"),
+    ),
+    "parallel.zero_engine=deepspeed and parallel.num_chunks": (
+        {"parallel": {"zero_engine": "deepspeed", "num_chunks": 2, "schedule": "interleaved"}},
+        None,
+        ("parallel.num_chunks=2", "zero_engine to native"),
+    ),
+    "parallel.zero_engine=deepspeed and parallel.sequence": (
+        {"parallel": {"zero_engine": "deepspeed", "tensor": 2, "sequence": True}},
+        None,
+        ("parallel.sequence=true", "zero_engine to native"),
+    ),
+    "parallel.zero_engine=deepspeed and train.dtype": (
+        {"parallel": {"zero_engine": "deepspeed"}, "train": {"dtype": "bfloat16"}},
+        None,
+        ("train.dtype=bfloat16", "float32"),
+    ),
+    "parallel.zero_engine=deepspeed and optim.grad_reduce_dtype": (
+        {"parallel": {"zero_engine": "deepspeed"}, "optim": {"grad_reduce_dtype": "bfloat16"}},
+        None,
+        ("bfloat16", "zero_engine to native"),
+    ),
+    "parallel.zero_stage=3 and parallel.recompute": (
+        {"parallel": {"zero_engine": "deepspeed", "zero_stage": 3, "recompute": "selective"}},
+        None,
+        ("selective", "parallel.zero_stage=3"),
+    ),
+    "parallel.zero_stage=3 and observe.sample_interval": (
+        {"parallel": {"zero_engine": "deepspeed", "zero_stage": 3}, "data": {"tokenizer": "t"}, "observe": {"sample_interval": 5}},
+        None,
+        ("5", "parallel.zero_stage=3"),
+    ),
     "train.steps or train.tokens": ({"train": {"tokens": 5}}, None, ("100", "5")),
     "optim.warmup_steps <= steps": ({"optim": {"warmup_steps": 101}}, None, ("101", "100")),
     "wsd needs optim.decay_steps": ({"optim": {"schedule": "wsd"}}, None, ("optim.decay_steps", "wsd")),

@@ -40,6 +40,7 @@ def bytes_of_rank(config: Config, shape: MeshShape, rank: int) -> tuple[int, int
     mesh = lone_mesh(shape, rank)
     cut = cut_model(config, mesh)
     zero_stage, dtype = config.parallel.zero_stage, main_dtype(config)
+    assert zero_stage != 3, "DeepSpeed's engine has no buckets of ours"
     grads = make_grad_buffer(
         cut.buckets, cut.parameters.by_name, groups=mesh.groups, zero_stage=zero_stage, dtype=dtype, device=mesh.device
     )

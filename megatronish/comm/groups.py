@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatronish.comm import history
 from megatronish.comm.history import Call, Started, Waits
+from megatronish.comm.streams import backend_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,16 @@ def new_group(axis: str, ranks: Sequence[int], rank: int, *, device_kind: str) -
     handle = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=axis)
     pairwise = len(ranks) == 2 and device_kind == "cpu"
     return Group(axis, ranks, ranks.index(rank), handle, pairwise)
+
+
+def communicator(group: Group, *, device_kind: str) -> dist.ProcessGroup:
+    """torch's process group of `group`, for a library that communicates by itself; a real one for a group of one rank too. Where
+    the job is one process, torch.distributed is initialised for it. All members call it."""
+    if group.handle is not None:
+        return group.handle
+    if not dist.is_initialized():
+        dist.init_process_group(backend_of(device_kind), store=dist.HashStore(), rank=0, world_size=1)
+    return dist.new_group(list(group.ranks), use_local_synchronization=True, group_desc=group.axis)
 
 
 def world_group(*, device_kind: str) -> Group:

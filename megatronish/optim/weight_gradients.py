@@ -1,10 +1,13 @@
-"""Where linears and embeddings hand their weight gradients: added straight into the fp32 bucket, one product each."""
+"""Where linears and embeddings hand their weight gradients: added straight into the fp32 bucket, one product each; or back to
+autograd."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from megatronish.kernels.linear import accumulate_bias_gradient, accumulate_row_gradient, accumulate_weight_gradient
+from megatronish.kernels.registry import accumulate_dtype
 from megatronish.optim.grad_buffer import GradBuffer
 
 
@@ -36,3 +39,31 @@ class WeightGradientQueue:
         assert self.grad_buffer is not None, "backward before attach()"
         accumulate_row_gradient(self.grad_buffer.view(weight), dy, rows)
         self.grad_buffer.contributed(weight)
+
+
+class AutogradGradients:
+    """Gives each weight gradient back to autograd, in the weight's dtype: for an engine that takes gradients through autograd's
+    hooks. A weight that is used twice has them added there."""
+
+    def linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor:
+        """dY^T X."""
+        total = _zeros(weight)
+        accumulate_weight_gradient(total, dy, x)
+        return total.to(weight.dtype)
+
+    def bias(self, bias: nn.Parameter, dy: Tensor) -> Tensor:
+        """The sum of dY over tokens."""
+        total = _zeros(bias)
+        accumulate_bias_gradient(total, dy)
+        return total.to(bias.dtype)
+
+    def rows(self, weight: nn.Parameter, dy: Tensor, rows: Tensor) -> Tensor:
+        """dy[...] added up by row; rows outside the weight are another rank's and are left out."""
+        total = _zeros(weight)
+        accumulate_row_gradient(total, dy, rows)
+        return total.to(weight.dtype)
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    """Where to add up, in the accumulation's dtype: products of one microbatch are rounded once."""
+    return torch.zeros_like(parameter, dtype=accumulate_dtype(parameter))

@@ -7,7 +7,7 @@ follows. Stage 0: every rank updates everything. Either way a rank *owns* (count
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,34 @@ from megatronish.optim.grad_buffer import GradBuffer
 from megatronish.optim.parameters import FlatParameters
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+class Optimizer(Protocol):
+    """What a trainer and a checkpoint ask of an optimizer."""
+
+    def reset_master(self) -> None:
+        """Take the parameters' values, which were drawn. Collective over the job."""
+
+    def publish_master(self) -> None:
+        """Take the state that was read into `needed_pieces`. Collective over the job."""
+
+    def step(self, *, lr: float, scalars: Tensor) -> None:
+        """Update for the scalars[1]th time by gradients x scalars[0]; a factor that is not finite changes nothing."""
+
+    def ensure_parameters(self, names: Iterable[str] | None = None) -> None:
+        """Wait until the named parameters (default: all) hold this step's values."""
+
+    def owned_pieces(self) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
+        """What this rank saves: (state, parameter, box of the global tensor, its values, flat). All data ranks call it."""
+        ...
+
+    def needed_pieces(self) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
+        """The same tuples for what this rank must load."""
+        ...
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank."""
+        ...
 
 
 class ZeroAdamW:

@@ -22,15 +22,16 @@ from megatronish.layout import Column, ParamLayout, ParamPlacement, Plan, Replic
 
 
 class WeightGradientSink(Protocol):
-    """Who takes the weight gradients of linears and embeddings (see `optim/weight_gradients.py`)."""
+    """Who takes the weight gradients of linears and embeddings (see `optim/weight_gradients.py`). What a method returns goes to
+    autograd; None: the gradient is kept elsewhere."""
 
-    def linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
+    def linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | None:
         """Owe `weight` the gradient dY^T X, for dy [..., O] and x [..., I]."""
 
-    def bias(self, bias: nn.Parameter, dy: Tensor) -> None:
+    def bias(self, bias: nn.Parameter, dy: Tensor) -> Tensor | None:
         """Owe `bias` the sum of dy [..., O] over tokens."""
 
-    def rows(self, weight: nn.Parameter, dy: Tensor, rows: Tensor) -> None:
+    def rows(self, weight: nn.Parameter, dy: Tensor, rows: Tensor) -> Tensor | None:
         """Owe row rows[...] of `weight` the gradient dy[..., D]; rows outside the weight are another rank's."""
 
 
@@ -73,17 +74,16 @@ class _ColumnLinear(torch.autograd.Function):
         return linear(x_full, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         weight, tp = ctx.weight, ctx.tp
         x = ctx.saved_tensors[0] if ctx.remake is None else ctx.remake()
         gathering = tp.start_gather(x) if tp.regather_input or ctx.remake is not None else Pending(x)
         dx = linear_input_gradient(dy, weight)
         x_full = gathering.wait()
         summing = tp.start_sum(dx)
-        tp.sink.linear(weight, dy, x_full)  # under the sum's communication
-        if ctx.bias is not None:
-            tp.sink.bias(ctx.bias, dy)
-        return summing.wait(), None, None, None, None
+        dw = tp.sink.linear(weight, dy, x_full)  # under the sum's communication
+        db = None if ctx.bias is None else tp.sink.bias(ctx.bias, dy)
+        return summing.wait(), dw, db, None, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -100,16 +100,16 @@ class _RowLinear(torch.autograd.Function):
         return out if bias is None else out.add_(bias)  # once, so after the sum
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         weight, tp = ctx.weight, ctx.tp
         gathering = tp.start_gather(dy)
-        if ctx.bias is not None:
-            tp.sink.bias(ctx.bias, dy)  # of this rank's tokens, under the gathering
+        # Of this rank's tokens, under the gathering.
+        db = None if ctx.bias is None else tp.sink.bias(ctx.bias, dy)
         x = ctx.saved_tensors[0] if ctx.remake is None else ctx.remake()  # as well
         dy_full = gathering.wait()
         dx = linear_input_gradient(dy_full, weight)
-        tp.sink.linear(weight, dy_full, x)
-        return dx, None, None, None, None
+        dw = tp.sink.linear(weight, dy_full, x)
+        return dx, dw, db, None, None
 
 
 class _VocabEmbedding(torch.autograd.Function):
@@ -125,10 +125,9 @@ class _VocabEmbedding(torch.autograd.Function):
         return tp.start_sum(out).wait()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None, None]:
         (rows,), weight, tp = ctx.saved_tensors, ctx.weight, ctx.tp
-        tp.sink.rows(weight, tp.start_gather(dy).wait(), rows)
-        return None, None, None, None
+        return None, tp.sink.rows(weight, tp.start_gather(dy).wait(), rows), None, None
 
 
 class _TableLookup(torch.autograd.Function):
@@ -139,10 +138,9 @@ class _TableLookup(torch.autograd.Function):
         return nn.functional.embedding(rows, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
         (rows,) = ctx.saved_tensors
-        ctx.tp.sink.rows(ctx.weight, dy, rows)
-        return None, None, None
+        return None, ctx.tp.sink.rows(ctx.weight, dy, rows), None
 
 
 class _Cut(nn.Module):

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatronish.config import Config
 from megatronish.config_loader import load_config, to_yaml
 from megatronish.constraints import warnings
+from megatronish.deepspeed_settings import require_native
 from megatronish.errors import UserError
 from megatronish.json_file import writable, write_json
 from megatronish.preflight.certificate import FILE_NAME, Certificate, hash_of_code, issue, write_certificate
@@ -65,6 +66,7 @@ def main(config_path: str, overrides: list[str], options: Options) -> int:
     """Rehearse, report; 0 if the job is sound, 1 if not. UserError for a config that is wrong in itself."""
     world_size = find_world_size(options)
     config = load_config(config_path, overrides, world_size=world_size)
+    require_native(config, "preflight")
     world_size = world_size or config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
     out = options.out or RunFolder.of(config).path / "preflight"
     for path in (options.json_file, options.trace):

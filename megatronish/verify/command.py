@@ -11,6 +11,7 @@ from rich.table import Table
 from megatronish.comm.local_ranks import RankPool
 from megatronish.config import Config
 from megatronish.config_loader import load_config
+from megatronish.deepspeed_settings import require_native
 from megatronish.json_file import writable, write_json
 from megatronish.verify.check import Check, Verdict, verify
 from megatronish.verify.fold import fold
@@ -24,6 +25,7 @@ def main(config_path: str, overrides: list[str], world_size: int | None, max_ran
     """Verify a config; the exit code. UserError for a config that is wrong in itself."""
     json_path = None if json_file is None else writable(Path(json_file))
     config = load_config(config_path, overrides, world_size=world_size)
+    require_native(config, "verify")
     folded = fold(config, max_ranks=max_ranks, world_size=world_size)
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=160)

@@ -1,0 +1,389 @@
+"""DeepSpeed's engine in the place of our optimizer and gradient buckets: the same model, tensor ranks, loss, data and checkpoints.
+
+    Trainer.train_step -> PipelineRuntime -> EngineStage  --engine.forward, engine.backward--> DeepSpeed: ZeRO 1 to 3, offload
+                       -> EngineTrainer.join_scalars      <--norm over all ranks------------
+                       -> StepGuard -> EngineOptimizer.step --engine.step, or its way to drop a step-->
+
+The engine is made once the weights have values (`reset_master`, `publish_master`), since it takes the parameters' memory over.
+Checkpoints have our format: either engine goes on from the other's, on any layout. Written for deepspeed 0.19.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatronish.batch import Batch
+from megatronish.comm import Group, all_reduce
+from megatronish.comm.groups import communicator
+from megatronish.comm.host import read_scalar, read_values
+from megatronish.config import Config
+from megatronish.deepspeed_settings import engine_settings
+from megatronish.layout import ParamLayout, Rectangle
+from megatronish.optim.buckets import Bucket, decays
+from megatronish.optim.grad_buffer import GradBuffer
+from megatronish.optim.parameters import FlatParameters
+from megatronish.optim.zero import STATES, saved_boxes
+from megatronish.parallel.mesh import Mesh
+from megatronish.pipeline.stage import LossFunction, Stage
+from megatronish.trainer import Trainer
+
+_LOGGER = logging.getLogger("DeepSpeed")
+
+_TAKEN = {
+    True: ("_get_norm_groups", "fp32_partitioned_groups_flat"),
+    False: ("scaled_global_norm", "single_partition_of_fp32_groups"),
+}
+"""By whether it is stage 3: where the engine's optimizer computes its norm, and where it keeps its slices."""
+
+
+class EngineParameters(FlatParameters):
+    """The parameters once the engine keeps their memory."""
+
+    def __init__(self, given: FlatParameters) -> None:
+        self.buckets, self.flat, self.by_name = given.buckets, [], given.by_name
+
+    def all_finite(self) -> Tensor:
+        """A bool scalar on the device: what this rank holds of the parameters is finite."""
+        return torch.stack([torch.isfinite(_held(parameter)).all() for parameter in self.by_name.values()]).all()
+
+    def first_not_finite(self) -> str | None:
+        """The name of a parameter that is not finite, for an error message. Waits for the device."""
+        bad = (name for name, p in self.by_name.items() if not read_scalar(torch.isfinite(_held(p)).all(), 1.0))
+        return next(bad, None)
+
+
+def _held(parameter: nn.Parameter) -> Tensor:
+    """This rank's values: under stage 3 a slice."""
+    held: Tensor = getattr(parameter, "ds_tensor", parameter.data)
+    return held
+
+
+class EngineGradients(GradBuffer):
+    """In the place of our buckets: the engine keeps and reduces the gradients. Here is what this rank computed itself, for the
+    report of a step that is not finite."""
+
+    def __init__(self, optimizer: EngineOptimizer, *, groups: Any, device: torch.device) -> None:
+        self.buckets, self.groups, self.dtype, self.device = [], groups, torch.float32, device
+        self.names = list(optimizer.parameters.by_name)
+        self.local_max = torch.zeros(len(self.names), device=device)
+        self._optimizer = optimizer
+        buffer = weakref.proxy(self)
+        for index, parameter in enumerate(optimizer.parameters.by_name.values()):
+            parameter.register_hook(partial(_note, buffer, index))
+
+    def zero(self) -> None:
+        """Start a step; what the dry batch left is dropped."""
+        self.local_max.zero_()
+        self._optimizer.begin_accumulation()
+
+    def begin_last_backward(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """The backward that follows is the step's last: the engine reduces what is left to reduce."""
+        self._optimizer.end_accumulation()
+
+    def finish(self) -> None:
+        """The engine has finished with its last backward."""
+
+    def held_bytes(self) -> int:
+        """The engine's are not known."""
+        return 0
+
+
+def _note(gradients: EngineGradients, index: int, gradient: Tensor) -> None:
+    largest = torch.linalg.vector_norm(gradient, math.inf).to(gradients.local_max.dtype)
+    gradients.local_max[index] = torch.maximum(gradients.local_max[index], largest)
+
+
+class EngineStage(Stage):
+    """The only stage. Its forward runs through the engine, once there is one, and its backward is the engine's."""
+
+    def __init__(self, model: nn.Module, loss_function: LossFunction, optimizer: EngineOptimizer) -> None:
+        super().__init__(model, stage=0, num_stages=1, num_chunks=1, loss_function=loss_function)
+        self._optimizer = optimizer
+
+    def forward(self, index: int, batch: Batch, received: Tensor | None, *, chunk: int = 0, keep: bool) -> Tensor:
+        """See Stage."""
+        assert self._optimizer.engine is not None, "forward before the weights have values"
+        self.model = self._optimizer.engine
+        return super().forward(index, batch, received, chunk=chunk, keep=keep)
+
+    def backward(self, index: int, gradient: Tensor, *, chunk: int = 0) -> None:
+        """See Stage. `gradient` is 1 / the global number of targets."""
+        self._optimizer.backward(self._in_flight.pop((index, chunk)).output * gradient)
+
+
+class EngineTrainer(Trainer):
+    """The Trainer, but that the engine knows the gradient norm."""
+
+    optimizer: EngineOptimizer
+
+    def join_scalars(self, local_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, gradient norm) of the whole job; the norm is infinite where a gradient is not finite."""
+        loss = all_reduce(local_loss.clone(), self.mesh.groups["dp"], what="loss")
+        return loss, self.optimizer.norm()
+
+
+class Cut(Protocol):
+    """This rank's part of the model (`assemble.CutModel`)."""
+
+    model: nn.Module
+    layout: ParamLayout
+    parameters: FlatParameters
+
+
+class EngineOptimizer:
+    """What a Trainer and a checkpoint ask of an optimizer (see `optim.zero.Optimizer`), over DeepSpeed's engine."""
+
+    def __init__(self, config: Config, mesh: Mesh, cut: Cut) -> None:
+        self.config, self.mesh, self._cut = config, mesh, cut
+        self.settings = engine_settings(config, mesh.shape.num_ranks)
+        self.engine: Any = None
+        self._zero: Any = None
+        """The engine's own optimizer; it is asked for its norm, and given it."""
+        self._its_norm: Any = None
+        self._norm: Any = None
+        """The norm of this step; -1, which the engine takes for an invalid one, to drop the step."""
+        self._has_gradients = False
+        self._loaded: dict[tuple[str, str], Tensor] = {}
+
+    # The engine's life.
+
+    def reset_master(self) -> None:
+        """Make the engine, of parameters that were drawn. Collective over the job."""
+        self._create()
+
+    def publish_master(self) -> None:
+        """Make the engine, of what was read into `needed_pieces`. Collective over the job."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.by_name.items():
+                if ("master", name) in self._loaded:
+                    parameter.copy_(self._loaded["master", name].view_as(parameter))
+        self._create()
+        for (state, name), values in self._loaded.items():
+            self._set(self.parameters.by_name[name], state, values)
+        self._loaded = {}
+
+    def _create(self) -> None:
+        assert self.engine is None, "weights have values already"
+        mesh, by_name, decay = self.mesh, self.parameters.by_name, self.config.optim.weight_decay
+        deepspeed = import_deepspeed(mesh)
+        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay}, {"params": [], "weight_decay": 0.0}]
+        for name, parameter in by_name.items():
+            placement = self._cut.layout.placements[name]
+            groups[0 if decays(placement) else 1]["params"].append(parameter)
+            # Else the norm counts a shard on tp rank 0 only, as it does a replica.
+            parameter.model_parallel = placement.shard_dim is not None  # type: ignore[attr-defined]
+        self.engine, *_ = deepspeed.initialize(
+            model=self._cut.model,
+            model_parameters=[group for group in groups if group["params"]],
+            mpu=Places(mesh),
+            config=self.settings,
+            dist_init_required=False,
+        )
+        self._zero = self.engine.optimizer
+        norm, slices = _TAKEN[self._is_stage_3]
+        self._its_norm = getattr(self._zero, norm)
+        setattr(self._zero, norm, self._given_norms if self._is_stage_3 else self._given_norm)
+        # Before the first update there is no state: a checkpoint could be neither loaded nor saved.
+        for flat in getattr(self._zero, slices):
+            zeros = {state: torch.zeros_like(flat) for state in STATES[1:]}
+            self._zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
+        if not self._is_stage_3:
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+        self._cut.parameters = EngineParameters(self._cut.parameters)
+
+    @property
+    def parameters(self) -> FlatParameters:
+        """By name; their memory is the engine's once it is made."""
+        return self._cut.parameters
+
+    @property
+    def _is_stage_3(self) -> bool:
+        return self.config.parallel.zero_stage == 3
+
+    # A step.
+
+    def begin_accumulation(self) -> None:
+        """Start a step with no gradients."""
+        if self._has_gradients:
+            self._drop_step()
+        self.engine.set_gradient_accumulation_boundary(False)
+
+    def end_accumulation(self) -> None:
+        """The next backward is the last of the step."""
+        self.engine.set_gradient_accumulation_boundary(True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a share of the global batch's mean; after the last one they are reduced."""
+        # The engine averages over data ranks.
+        self.engine.backward(loss * self.mesh.size("dp"), scale_wrt_gas=False)
+        self._has_gradients = True
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def norm(self) -> Tensor:
+        """Global L2 norm of the reduced gradients, before clipping; infinite where one is not finite. Collective over the job."""
+        if not self._is_stage_3:
+            self._zero._wait_for_offload_copies()
+        norms = self._its_norm()
+        if self._is_stage_3:
+            combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
+            norms = combine(norms)
+        norm = torch.as_tensor(norms, dtype=torch.float32, device=self.mesh.device)
+        # It says -1 where a part is not finite.
+        self._norm = torch.where((norm >= 0) & torch.isfinite(norm), norm, math.inf)
+        return self._norm
+
+    def step(self, *, lr: float, scalars: Tensor) -> None:
+        """Update for the scalars[1]th time, clipped by the norm; not at all if scalars[0] is not finite. Waits for the device."""
+        factor, number = read_values(scalars, [1.0, 1.0])
+        if not math.isfinite(factor):
+            self._drop_step()
+            return
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        for state in self._zero.optimizer.state.values():
+            state["step"].fill_(number - 1)  # it counts one up
+        self._finish_step(self._norm)
+
+    def _drop_step(self) -> None:
+        """Let go of the gradients, with nothing updated: the engine's way with an invalid norm, which we tell of ourselves."""
+        _LOGGER.setLevel(logging.ERROR)
+        self._finish_step(-1.0)
+        _LOGGER.setLevel(logging.WARNING)
+
+    def _finish_step(self, norm: Tensor | float) -> None:
+        self._norm = norm
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+        self._has_gradients = False
+
+    def _given_norm(self, norm_type: float = 2) -> Any:
+        return self._norm
+
+    def _given_norms(self) -> list[Any]:
+        return [self._norm]
+
+    def ensure_parameters(self, names: Iterable[str] | None = None) -> None:
+        """The engine gathers what a forward needs by itself."""
+
+    # Checkpoints.
+
+    def owned_pieces(self) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
+        """What this rank saves, as our own optimizer would. Collective over the data ranks: each parameter's state is put together
+        on all of them, one after the other."""
+        dp = self.mesh.groups["dp"]
+        found: dict[tuple[str, str, Rectangle], Tensor] = {}
+        at = {"tp_rank": self.mesh.index("tp"), "dp_rank": dp.index, "dp_size": dp.size}
+        for bucket in self.parameters.buckets:
+            pieces = _by_parameter(bucket, *bucket.owned_range(dp.index, dp.size))
+            for slot in bucket.slots:
+                for state in STATES:
+                    whole = self._get(self.parameters.by_name[slot.name], state).flatten()
+                    for box, start in pieces.get(slot.name, ()):
+                        found[state, slot.name, box] = whole[start : start + box.num_elements].clone()
+        for key in saved_boxes(self.parameters.buckets, **at):
+            yield *key, found[key]
+
+    def needed_pieces(self) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
+        """What this rank must load: all state of its part of the model, on the host until the engine has taken its slices."""
+        for bucket in self.parameters.buckets:
+            for slot in bucket.slots:
+                for state in STATES:
+                    self._loaded[state, slot.name] = torch.empty(slot.local_box.num_elements)
+                    yield state, slot.name, slot.local_box, self._loaded[state, slot.name]
+
+    def _get(self, parameter: nn.Parameter, state: str) -> Tensor:
+        """The whole state of this tp rank's part. Collective over the data ranks."""
+        utils = importlib.import_module("deepspeed.utils")
+        if state == "master":
+            whole: Tensor = utils.safe_get_full_fp32_param(parameter)
+            return whole
+        whole = utils.safe_get_full_optimizer_state(parameter, state)
+        return whole
+
+    def _set(self, parameter: nn.Parameter, state: str, values: Tensor) -> None:
+        """Give this rank its slice of `values`, the whole state, flat."""
+        utils, dp = importlib.import_module("deepspeed.utils"), self.mesh.groups["dp"]
+        key = () if state == "master" else (state,)
+        if not self._is_stage_3:
+            act = utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param
+            act(parameter, values.view(parameter.shape), *key)
+            return
+        # Slices are equal, so the last ones reach over the end.
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = nn.functional.pad(values, (0, size * dp.size - values.numel()))
+        act = utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param
+        act(parameter, padded[size * dp.index : size * (dp.index + 1)], *key)
+
+    def state_bytes(self) -> int:
+        """Bytes of this rank's master weights and moments, without padding."""
+        elements = sum(slot.local_box.num_elements for bucket in self.parameters.buckets for slot in bucket.slots)
+        return 4 * len(STATES) * -(-elements // self.mesh.size("dp"))
+
+
+def _by_parameter(bucket: Bucket, start: int, stop: int) -> dict[str, list[tuple[Rectangle, int]]]:
+    """The boxes of [start, stop) of a bucket: (box, place of its first element in the flat parameter), by parameter."""
+    begins = {slot.name: slot.start for slot in bucket.slots}
+    result: dict[str, list[tuple[Rectangle, int]]] = {}
+    for name, box, flat in bucket.pieces(start, stop):
+        result.setdefault(name, []).append((box, flat - begins[name]))
+    return result
+
+
+class Places:
+    """DeepSpeed's `mpu`: the mesh in its words. Axes of one rank have real groups too."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._axes: dict[str, Group] = {axis: mesh.groups[axis] for axis in ("tp", "dp")}
+        self._handles = {axis: communicator(group, device_kind=mesh.device_kind) for axis, group in self._axes.items()}
+
+    def get_model_parallel_rank(self) -> int:
+        return self._axes["tp"].index
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._axes["tp"].size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._handles["tp"]
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._axes["dp"].index
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._axes["dp"].size
+
+    def get_data_parallel_group(self) -> Any:
+        return self._handles["dp"]
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._axes["dp"].ranks)
+
+
+def import_deepspeed(mesh: Mesh) -> Any:
+    """The package. It reads the accelerator and, in the middle of a step too, this rank's device from the environment; srun and
+    mpirun set neither."""
+    os.environ["DS_ACCELERATOR"] = mesh.device_kind
+    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)
+    deepspeed = importlib.import_module("deepspeed")
+    _LOGGER.setLevel(logging.WARNING)
+    # It calls, thousands of times, what torch 2.13 has other names for.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # On CPU it would compile its own collectives over shared memory at the first start, for minutes; gloo's are there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
