@@ -12,7 +12,14 @@ from megatronish.comm.local_ranks import RankError, RankPool
 __all__ = ["MAX_RANKS", "RankError", "Ranks", "ranks", "shut_down", "start_fork_server"]
 
 MAX_RANKS = 8
-PRELOAD = ("megatronish.verify.preload", "megatronish.preflight.preload", "megatronish.train", "pytest", "transformers")
+PRELOAD = (
+    "megatronish.verify.preload",
+    "megatronish.preflight.preload",
+    "megatronish.train",
+    "pytest",
+    "transformers",
+    "tests.preload",
+)
 """What processes of any test need."""
 _pool = RankPool(preload=PRELOAD)
 
