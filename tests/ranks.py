@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any
 
 from megatronish.comm.local_ranks import RankError, RankPool
 
-__all__ = ["MAX_RANKS", "RankError", "Ranks", "ranks", "shut_down"]
+__all__ = ["MAX_RANKS", "RankError", "Ranks", "ranks", "shut_down", "start_fork_server"]
 
 MAX_RANKS = 8
-_pool = RankPool(preload=("megatronish.verify.preload",))
+PRELOAD = (
+    "megatronish.verify.preload",
+    "megatronish.preflight.preload",
+    "megatronish.train",
+    "pytest",
+    "transformers",
+    "tests.preload",
+)
+"""What processes of any test need."""
+_pool = RankPool(preload=PRELOAD)
+
+
+def start_fork_server() -> None:
+    """There is one for all that a process forks, by whichever pool: what it has loaded is decided when it starts."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", *PRELOAD])
+    forkserver.ensure_running()
 
 
 class Ranks:

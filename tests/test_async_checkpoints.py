@@ -26,41 +26,32 @@ from tests.parallel.parity import Case
 from tests.ranks import ranks
 from tests.small_run import (
     assert_same_bits,
-    descendants,
     error_lines,
-    kill_group,
+    forked,
+    kill_all,
     losses,
-    megatronish,
     saved_tensors,
-    start,
+    start_forked,
     wait_until,
-    wait_until_ended,
     write_run,
 )
 from tests.test_resume import train_life
 
 ASYNC = "checkpoint.asynchronous=true"
 
-# Python imports this module in every process. The disk of rank 1 takes for ever over step 10, half of whose file is there.
+# Rank 1 does `then` in the middle of writing step 10, half of whose file is there.
 STUCK_DISK = """
 import os, time
 from megatronish.checkpoint.storage import FileStorage
 whole = FileStorage.write_tensors
 def write_tensors(self, path, tensors):
     result = whole(self, path, tensors)
-    if "step-00000010" in str(path) and os.environ.get("RANK", "0") == "{rank}":
+    if "step-00000010" in str(path) and os.environ.get("RANK", "0") == "1":
         os.truncate(path, result[0] // 2)
         {then}
     return result
 FileStorage.write_tensors = write_tensors
 """
-
-
-def plant(folder: Path, *, rank: int, then: str) -> dict[str, str]:
-    """The environment in which rank `rank` does `then` in the middle of writing step 10."""
-    (folder / "site").mkdir()
-    (folder / "site/sitecustomize.py").write_text(STUCK_DISK.format(rank=rank, then=then))
-    return {"PYTHONPATH": f"{folder / 'site'}:{Path(__file__).parent.parent}"}
 
 
 def test_the_run_and_its_files_are_those_of_saves_that_wait(tmp_path: Path) -> None:
@@ -119,21 +110,19 @@ def test_a_second_save_waits_for_the_first_and_says_so(tmp_path: Path, caplog: p
 def test_sigkill_in_the_middle_of_a_save_leaves_the_last_whole_and_the_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     killed, straight = tmp_path / "runs/killed", tmp_path / "runs/straight"
-    command = ("train", str(config), ASYNC, "--nproc", "2")
-    environment = plant(tmp_path, rank=1, then="time.sleep(1e6)")
-    life = start(*command, "name=killed", "checkpoint.interval=5", stderr=tmp_path / "stderr", **environment)
+    command = ("train", str(config), ASYNC, "name=killed")
+    stuck = STUCK_DISK.format(then="time.sleep(1e6)")
+    life = start_forked(*command, "checkpoint.interval=5", nproc=2, stderr=tmp_path / "stderr", plant=stuck)
     # The save of step 15 would wait for ever; until then the training goes on.
     wait_until(
         lambda: (killed / "metrics.jsonl").exists() and '"step": 14' in (killed / "metrics.jsonl").read_text(),
         seconds=200,
         what="step 14",
     )
-    processes = descendants(life.pid)
-    kill_group(life)
-    wait_until_ended(processes, seconds=60)
+    kill_all(life)
     names = sorted(path.name.partition(".tmp-")[0] for path in (killed / "checkpoints").iterdir())
     assert names == ["step-00000005", "step-00000010"] and not (killed / "checkpoints/step-00000010").exists()
-    resumed = megatronish(*command, "name=killed")
+    resumed = forked(*command, nproc=2)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step 5" in resumed.stderr and "REFUSED" not in resumed.stderr
     train_life(config, "name=straight", world_size=2)
@@ -145,8 +134,8 @@ def test_sigkill_in_the_middle_of_a_save_leaves_the_last_whole_and_the_run_goes_
 @pytest.mark.timeout(600)
 def test_a_disk_that_fails_beside_the_training_ends_every_rank_at_the_same_step_with_one_line(tmp_path: Path) -> None:
     config = write_run(tmp_path)
-    environment = plant(tmp_path, rank=1, then="raise OSError(28, 'No space left on device')")
-    result = megatronish("train", str(config), ASYNC, "train.steps=100000", "--nproc", "2", **environment)
+    full = STUCK_DISK.format(then="raise OSError(28, 'No space left on device')")
+    result = forked("train", str(config), ASYNC, "train.steps=100000", nproc=2, plant=full)
     assert result.returncode == 2, result.stderr
     (line,) = error_lines(result.stderr)
     assert "checkpoint of step 10" in line and "rank 1: No space left on device" in line and "free space" in line

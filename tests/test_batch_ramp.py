@@ -12,7 +12,7 @@ from megatronish.batch_schedule import BatchSchedule
 from megatronish.config import BatchRamp
 from megatronish.data.gpt_dataset import SyntheticDataset
 from megatronish.data.loader import BatchLoader
-from tests.small_run import THREE_D, assert_same_bits, losses, megatronish, saved_tensors, write_run
+from tests.small_run import THREE_D, assert_same_bits, forked, losses, saved_tensors, write_run
 from tests.test_resume import train_life
 
 RAMP = {"start": 4, "increment": 2, "samples": 30}  # steps of 4, 4, 4, 4, 6, 6, 6, then 8
@@ -63,7 +63,7 @@ def test_the_ramp_of_a_run_may_not_change(tmp_path: Path) -> None:
     config = write_run(tmp_path, train=RAMPED)
     train_life(config, "train.steps=3")
     for change, words in (("train.batch_ramp=null", "train.batch_ramp=None"), ("train.batch_ramp.samples=40", "samples")):
-        result = megatronish("train", str(config), change)
+        result = forked("train", str(config), change)
         assert result.returncode == 2, result.stderr
         (line,) = result.stderr.splitlines()
         assert line.startswith("error: train.batch_ramp") and words in line and "another `name`" in line

@@ -22,7 +22,7 @@ from megatronish.data.tokenizer import load_tokenizer, train_tokenizer
 from megatronish.parallel.mesh import build_mesh
 from megatronish.verify.reference import plain_model
 from tests.ranks import ranks
-from tests.small_run import THREE_D, losses, megatronish, saved_tensors, write_run, write_tokens
+from tests.small_run import THREE_D, forked, losses, saved_tensors, write_run, write_tokens
 from tests.test_resume import train_life
 
 VOCAB_SIZE = 320
@@ -147,9 +147,7 @@ def test_weights_in_another_dtype_are_the_saved_ones_rounded(run: Path) -> None:
 def test_the_command_prints_a_table_and_writes_json_and_nothing_in_the_run(run: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     data = str(run.parent.parent / "heldout")
-    result = megatronish(
-        "eval", str(run), "--data", data, "--nproc", "2", "parallel.tensor=2", "--json", str(tmp_path / "out.json")
-    )
+    result = forked("eval", str(run), "--data", data, "parallel.tensor=2", "--json", str(tmp_path / "out.json"), nproc=2)
     assert result.returncode == 0, result.stderr
     numbers, expected = json.loads((tmp_path / "out.json").read_text()), evaluate_on(1, run)
     assert numbers.keys() == expected.keys()
@@ -199,7 +197,7 @@ def another_shape(folder: Path) -> list[str]:
     ],
 )
 def test_bad_input_is_said_once_with_exit_code_2(arguments: Callable[[Path], list[str]], words: list[str], run: Path) -> None:
-    result = megatronish("eval", *arguments(run.parent.parent))
+    result = forked("eval", *arguments(run.parent.parent))
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     first = [line for line in result.stderr.splitlines() if words[0] in line]

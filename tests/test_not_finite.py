@@ -20,7 +20,7 @@ from megatronish.parallel.mesh import build_mesh
 from tests.batches import LearnableBatches
 from tests.parallel.parity import Case
 from tests.ranks import ranks
-from tests.small_run import error_lines, losses, megatronish, write_run
+from tests.small_run import error_lines, forked, losses, megatronish, write_run
 from tests.test_resume import train_life
 
 BAD_STEP, NUM_STEPS = 3, 6
@@ -254,19 +254,16 @@ def test_a_run_ends_with_one_line_and_exit_code_77_and_goes_on_from_its_last_che
     run = tmp_path / "runs/tiny"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000005"]
     # The same without the fault: as if nothing had happened.
-    resumed = megatronish("train", str(config), "--nproc", "2")
+    resumed = forked("train", str(config), nproc=2)
     assert resumed.returncode == 0 and "resumed after step 5" in resumed.stderr, resumed.stderr
-    straight = megatronish("train", str(config), "name=straight", "--nproc", "2")
+    straight = forked("train", str(config), "name=straight", nproc=2)
     assert straight.returncode == 0
     assert losses(run)[20] == losses(tmp_path / "runs/straight")[20]
 
 
 def test_a_run_that_skips_says_so_once_and_counts(tmp_path: Path) -> None:
     config = write_run(tmp_path, train={"on_not_finite": "skip"}, observe={"log_interval": 10})
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(PLANTED)
-    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{Path(__file__).parent.parent}"}
-    result = megatronish("train", str(config), "--nproc", "2", **environment)
+    result = forked("train", str(config), nproc=2, plant=PLANTED)
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "not applied" in line]
     assert "WARNING" in line and "step 7: the gradient of layers.3.mlp.down.weight on rank 1" in line

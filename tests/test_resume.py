@@ -19,19 +19,16 @@ from tests.ranks import ranks
 from tests.small_run import (
     THREE_D,
     assert_same_bits,
-    descendants,
-    kill_group,
+    forked,
+    kill_all,
     losses,
-    megatronish,
     saved_tensors,
-    start,
+    start_forked,
     wait_until,
-    wait_until_ended,
     write_run,
 )
 
 CONSTANT = {"schedule": "constant"}  # the curve does not depend on where a life ends
-EIGHT = (*THREE_D, "--nproc", "8")
 
 
 def train_rank(rank: int, config_file: str, overrides: tuple[str, ...], world_size: int) -> str:
@@ -56,24 +53,22 @@ def train_life(config_file: Path, *overrides: str, world_size: int = 1) -> str:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", [(), pytest.param(EIGHT, marks=pytest.mark.slow)], ids=["one-process", "tp2-pp2-dp2"])
-def test_twenty_steps_equal_ten_and_sigkill_and_ten(layout: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "nproc"), [((), 1), (THREE_D, 8)], ids=["one-process", "tp2-pp2-dp2"])
+def test_twenty_steps_equal_ten_and_sigkill_and_ten(layout: tuple[str, ...], nproc: int, tmp_path: Path) -> None:
     # One sample a microbatch: steps so slow that the kill falls between step 10 and the end.
     config = write_run(tmp_path, train={"micro_batch_size": 1}, checkpoint={"interval": 10})
     straight, killed = tmp_path / "runs/straight", tmp_path / "runs/killed"
     for _ in range(4):
-        life = start("train", str(config), "name=killed", *layout, stderr=tmp_path / "stderr")
+        life = start_forked("train", str(config), "name=killed", *layout, nproc=nproc, stderr=tmp_path / "stderr")
         wait_until((killed / "checkpoints/step-00000010").exists, seconds=400, what="saving step 10", often=0.002)
-        processes = descendants(life.pid)
-        kill_group(life)
-        wait_until_ended(processes, seconds=60)
+        kill_all(life)
         if not (killed / "checkpoints/step-00000020").exists():
             break
         shutil.rmtree(killed)
-    resumed = megatronish("train", str(config), "name=killed", *layout, timeout=600)
+    resumed = forked("train", str(config), "name=killed", *layout, nproc=nproc, timeout=600)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after step 10" in resumed.stderr
-    assert megatronish("train", str(config), "name=straight", *layout, timeout=600).returncode == 0
+    assert forked("train", str(config), "name=straight", *layout, nproc=nproc, timeout=600).returncode == 0
     assert losses(killed) == losses(straight)
     assert sorted(losses(killed)) == list(range(1, 21))
     assert_same_bits(saved_tensors(killed, 20), saved_tensors(straight, 20))
@@ -165,14 +160,14 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
 
 def test_a_finished_run_says_so(finished: Path) -> None:
     before = (finished.parent / "runs/tiny/metrics.jsonl").read_bytes()
-    result = megatronish("train", str(finished))
+    result = forked("train", str(finished))
     assert result.returncode == 0, result.stderr
     assert "step 20 of 20: this run is complete" in result.stderr
     assert (finished.parent / "runs/tiny/metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_keeps_its_model_and_its_samples(finished: Path) -> None:
-    result = megatronish("train", str(finished), "model.mlp_size=64", "train.seed=5", "--nproc", "2")
+    result = forked("train", str(finished), "model.mlp_size=64", "train.seed=5", "--nproc", "2")
     assert result.returncode == 2
     first, second = result.stderr.splitlines()
     assert first.startswith("error: model.mlp_size=64") and "mlp_size=48" in first
@@ -182,9 +177,7 @@ def test_a_run_keeps_its_model_and_its_samples(finished: Path) -> None:
 def test_a_run_refuses_other_data(finished: Path, tmp_path: Path) -> None:
     write_run(tmp_path)
     shutil.copytree(finished.parent / "runs/tiny", tmp_path / "tiny")
-    result = megatronish(
-        "train", str(finished), f"run_root={tmp_path}", f"data.train={tmp_path / 'heldout'}", "data.validation=null"
-    )
+    result = forked("train", str(finished), f"run_root={tmp_path}", f"data.train={tmp_path / 'heldout'}", "data.validation=null")
     assert result.returncode == 2
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert "is not the data" in error and "fingerprint" in error

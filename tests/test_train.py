@@ -15,19 +15,17 @@ from pathlib import Path
 import pytest
 
 from megatronish.data.tokenizer import train_tokenizer
-from megatronish.parallel.launchers import free_port
 from tests.ranks import ranks
 from tests.small_run import (
     LAUNCHER_VARIABLES,
     THREE_D,
-    clean_environment,
-    command,
     descendants,
     error_lines,
     kill_group,
     losses,
     megatronish,
     start,
+    start_forked,
     wait_until,
     wait_until_ended,
     write_run,
@@ -188,16 +186,16 @@ def test_one_of_several_ranks_that_fails_is_the_one_with_a_traceback(tmp_path: P
     assert "ArithmeticError" not in (tmp_path / "runs/tiny/logs/rank-00001.log").read_text()
 
 
-def start_endless(folder: Path) -> tuple[Path, subprocess.Popen[bytes], list[int]]:
-    """A run that trains on 4 ranks until it is stopped: (its standard error, launcher, all other processes)."""
+def start_endless(folder: Path, nproc: int) -> tuple[Path, subprocess.Popen[bytes], list[int]]:
+    """A run that trains on `nproc` ranks until it is stopped: (its standard error, launcher, all other processes)."""
     stderr = folder / "stderr"
-    launcher = start("train", str(write_run(folder)), *ENDLESS, "parallel.tensor=2", "--nproc", "4", stderr=stderr)
+    launcher = start("train", str(write_run(folder)), *ENDLESS, "parallel.tensor=2", "--nproc", str(nproc), stderr=stderr)
     wait_until(lambda: "step 1/" in stderr.read_text(), seconds=200, what="step 1")
     return stderr, launcher, descendants(launcher.pid)
 
 
 def test_a_killed_rank_is_named_and_ends_the_run(tmp_path: Path) -> None:
-    stderr, launcher, processes = start_endless(tmp_path)
+    stderr, launcher, processes = start_endless(tmp_path, 4)
     os.kill(processes[2], signal.SIGKILL)
     assert launcher.wait(timeout=100) == 76
     wait_until_ended(processes, seconds=30)
@@ -210,7 +208,7 @@ def test_a_killed_rank_is_named_and_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
-    stderr, launcher, processes = start_endless(tmp_path)
+    stderr, launcher, processes = start_endless(tmp_path, 2)
     before = stderr.read_text()
     os.killpg(launcher.pid, signal.SIGINT)
     assert launcher.wait(timeout=100) == 130
@@ -221,8 +219,8 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_with_it(tmp_path: Path) -> None:
-    _, launcher, processes = start_endless(tmp_path)
-    assert len(processes) >= 4
+    _, launcher, processes = start_endless(tmp_path, 2)
+    assert len(processes) >= 2
     kill_group(launcher)
     wait_until_ended(processes, seconds=30)
 
@@ -230,13 +228,11 @@ def test_a_launcher_that_is_killed_takes_its_ranks_with_it(tmp_path: Path) -> No
 def test_ranks_that_another_launcher_started_report_bad_input_once(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     write_tokens(tmp_path / "train", seed=1, num_documents=60, bad_token=(30, 3, 777))
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    lives = []
-    for rank in range(2):
-        environment = clean_environment(**common, RANK=str(rank), LOCAL_RANK=str(rank))
-        lives.append(subprocess.Popen(command("train", str(config)), env=environment, stderr=subprocess.PIPE, text=True))
-    texts = [life.communicate(timeout=200)[1] for life in lives]
-    assert 2 in [life.returncode for life in lives] and all(life.returncode in (2, 76) for life in lives)
-    lines = [line for text in texts for line in text.splitlines() if "token 777" in line]
-    assert len(lines) == 1, texts
-    assert not any("Traceback" in text for text in texts)
+    processes = start_forked("train", str(config), nproc=2, stderr=tmp_path / "stderr")
+    for process in processes:
+        process.join(200)
+    codes = [process.exitcode for process in processes]
+    assert 2 in codes and all(code in (2, 76) for code in codes)
+    text = (tmp_path / "stderr").read_text()
+    assert len([line for line in text.splitlines() if "token 777" in line]) == 1, text
+    assert "Traceback" not in text

@@ -19,7 +19,7 @@ from megatronish.errors import UserError
 from megatronish.parallel.launchers import free_port
 from megatronish.parallel.rendezvous import VARIABLES, connect, find_place
 from tests.ranks import ranks
-from tests.small_run import clean_environment, command, error_lines, losses, megatronish, write_run
+from tests.small_run import clean_environment, command, error_lines, forked, losses, write_run
 from tests.test_rendezvous import WHOLE
 from tests.test_train import command_line
 
@@ -109,7 +109,7 @@ def test_a_busy_port_is_one_line(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         config = str(write_run(tmp_path))
-        result = megatronish(
+        result = forked(
             "train", config, timeout=120, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
         )
     (line,) = error_lines(result.stderr)
@@ -139,7 +139,7 @@ def test_a_read_only_run_folder_is_one_line(nproc: tuple[str, ...], tmp_path: Pa
     disk = mount("size=16m")
     config = write_run(tmp_path, train={"steps": 1}, optim={"warmup_steps": 0})
     # Not in the pool of processes: its open log would keep the disk from becoming read-only.
-    assert megatronish("train", str(config), f"run_root={disk}").returncode == 0
+    assert forked("train", str(config), f"run_root={disk}").returncode == 0
     mount("size=16m,remount,ro")
     for name in ("tiny", "another"):  # to be resumed, and new
         code, stderr = run_command("train", str(config), "train.steps=2", f"run_root={disk}", f"name={name}", *nproc)

@@ -109,6 +109,8 @@ def _end_with_parent() -> None:
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    # What was imported stays; looking through it took 0.14 s of each collection.
+    gc.freeze()
     # A killed test run must not leave ranks computing.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:

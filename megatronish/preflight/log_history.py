@@ -39,6 +39,11 @@ class LogHistory(History):
             self._spans.append(Span(self._events_moment, self._known.setdefault(events, events)))
             self._events = []
 
+    def begin_action(self) -> None:
+        """`mark`, and count exchanges anew: two actions that do the same have equal events."""
+        self.mark()
+        self._num_batches.clear()
+
     def since_mark(self) -> tuple[Event, ...]:
         """The events since `mark`; they end their span."""
         if not self._events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -82,6 +83,8 @@ def _begin() -> None:
     """A process that rehearses ranks of one job until it ends."""
     # One thread: the fork server has loaded torch, and a forked OpenMP pool would hang.
     torch.set_num_threads(1)
+    # What was imported stays; looking through it took 0.14 s of each collection.
+    gc.freeze()
     remember_from_now_on()
 
 

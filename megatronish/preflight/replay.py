@@ -131,7 +131,7 @@ class ReplayingStage:
             self._history.infer(self._seen[kind][-1])
             self.num_inferred += 1
             return self._outputs[key]  # nobody writes into it: it has no values
-        self._history.mark()
+        self._history.begin_action()
         output = self._outputs[key] = run()
         events = self._history.since_mark()
         self.num_run += 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatronish.comm import streams
 from megatronish.comm.local_ranks import RankPool
 from megatronish.config import Config
 from megatronish.config_loader import load_config
@@ -27,6 +28,8 @@ def main(config_path: str, overrides: list[str], world_size: int | None, max_ran
     config = load_config(config_path, overrides, world_size=world_size)
     require_native(config, "verify")
     folded = fold(config, max_ranks=max_ranks, world_size=world_size)
+    # The model is small: more threads only wait for each other, ten times as long as they compute on a busy machine.
+    streams.set_numerics(cpu_threads=1, deterministic=False)
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=160)
     console.print(describe(config, folded), soft_wrap=True)

@@ -16,7 +16,7 @@ from megatronish.data.tokenizer import load_tokenizer, train_tokenizer
 from megatronish.generate.text import TextStream, continued_text
 from megatronish.parallel.mesh import build_mesh
 from tests.ranks import ranks
-from tests.small_run import THREE_D, error_lines, megatronish, write_run
+from tests.small_run import THREE_D, error_lines, forked, megatronish, write_run
 from tests.test_resume import train_life
 
 VOCAB_SIZE = 300
@@ -75,7 +75,7 @@ def test_the_command_prints_each_prompt_with_its_text_and_writes_json(folder: Pa
     (folder / "prompts.txt").write_text("12 times\n7 t\n")
     arguments = ["generate", str(folder / "runs/tiny"), "--prompt", "3 times", "--prompts-file", str(folder / "prompts.txt")]
     options = ["--max-tokens", "9", "--greedy", "--json", str(folder / "out.json"), "--step", "6"]
-    result = megatronish(*arguments, *options)
+    result = forked(*arguments, *options)
     assert result.returncode == 0, result.stderr
     written = json.loads((folder / "out.json").read_text())
     assert written["step"] == 6 and [sample["prompt"] for sample in written["samples"]] == ["3 times", "12 times", "7 t"]
@@ -93,7 +93,7 @@ def test_the_command_prints_each_prompt_with_its_text_and_writes_json(folder: Pa
 
 def test_two_processes_print_what_one_prints(folder: Path) -> None:
     arguments = ["generate", str(folder / "runs/tiny"), "--prompt", "-5 times", "--max-tokens", "15", "--seed", "2"]
-    one, two = megatronish(*arguments), megatronish(*arguments, "--nproc", "2")
+    one, two = forked(*arguments), megatronish(*arguments, "--nproc", "2")
     assert one.returncode == two.returncode == 0, two.stderr
     assert one.stdout == two.stdout and one.stdout.startswith("-5 times")
 
@@ -162,7 +162,7 @@ def too_many_ranks(folder: Path) -> list[str]:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: Callable[[Path], list[str]], words: list[str], folder: Path) -> None:
-    result = megatronish("generate", str(folder / "runs/tiny"), *arguments(folder))
+    result = forked("generate", str(folder / "runs/tiny"), *arguments(folder))
     assert result.returncode == 2, result.stderr
     (line,) = error_lines(result.stderr)
     assert result.stderr.splitlines() == [line] and all(word in line for word in words), line
@@ -172,7 +172,7 @@ def test_a_run_without_checkpoints_and_a_folder_that_is_no_run_are_one_line(fold
     (folder / "young").mkdir(exist_ok=True)
     (folder / "young/config.yaml").write_text((folder / "runs/tiny/config.yaml").read_text())
     for name, words in (("young", "has no checkpoint yet"), ("nowhere", "is not the folder of a run")):
-        result = megatronish("generate", str(folder / name), "--prompt", "x")
+        result = forked("generate", str(folder / name), "--prompt", "x")
         assert result.returncode == 2
         (line,) = result.stderr.splitlines()
         assert words in line and line.startswith("error: ")

@@ -22,7 +22,7 @@ from megatronish.interop.export import INDEX, Request, export
 from megatronish.interop.import_model import import_model
 from megatronish.interop.table import INTEROP
 from megatronish.models import MODELS
-from tests.small_run import VOCAB_SIZE, error_lines, losses, megatronish, saved_tensors, write_run, write_tokens
+from tests.small_run import VOCAB_SIZE, error_lines, forked, losses, saved_tensors, write_run, write_tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     for kind, model in MODEL_SECTIONS.items():
         folder = tmp_path_factory.mktemp(kind.replace(" ", "_"))
         config = write_run(folder, model=model, train={"steps": 5})
-        result = megatronish("train", str(config), *LAYOUTS[kind], "--nproc", "2")
+        result = forked("train", str(config), *LAYOUTS[kind], nproc=2)
         assert result.returncode == 0, result.stderr
         found[kind] = folder / "runs" / "tiny"
     yield found
@@ -93,7 +93,7 @@ def test_transformers_gives_the_same_logits_of_an_export(runs: dict[str, Path], 
 
 
 def test_a_step_and_a_dtype_may_be_chosen(runs: dict[str, Path], tmp_path: Path) -> None:
-    result = megatronish("export", str(runs["llama"]), "--hf", str(tmp_path / "a"), "--step", "5", "--dtype", "bfloat16")
+    result = forked("export", str(runs["llama"]), "--hf", str(tmp_path / "a"), "--step", "5", "--dtype", "bfloat16")
     assert result.returncode == 0, result.stderr
     with safe_open(tmp_path / "a" / "model.safetensors", framework="pt") as file:
         got = file.get_tensor("model.norm.weight")
@@ -110,7 +110,7 @@ def test_an_exported_tokenizer_is_loaded_by_transformers(tmp_path: Path) -> None
     config = write_run(
         tmp_path, model={"vocab_size": 300}, data={"tokenizer": str(tmp_path / "tokenizer.json")}, train={"steps": 4}
     )
-    assert megatronish("train", str(config)).returncode == 0
+    assert forked("train", str(config)).returncode == 0
     folder = export(Request(tmp_path / "runs" / "tiny", tmp_path / "hf"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ours = load_tokenizer(tmp_path / "tokenizer.json")
@@ -182,13 +182,9 @@ def test_an_imported_model_evaluates_and_trains_as_transformers_says(theirs: Pat
     write_tokens(tmp_path / "train", seed=1, num_documents=60)
     write_tokens(tmp_path / "heldout", seed=2, num_documents=11)
     run = tmp_path / "runs" / "tuned"
-    assert (result := megatronish("import", str(theirs), "--out", str(run), "data.sequence_length=16")).returncode == 0, (
-        result.stderr
-    )
+    assert (result := forked("import", str(theirs), "--out", str(run), "data.sequence_length=16")).returncode == 0, result.stderr
     assert f"megatronish eval {run}" in result.stdout and f"megatronish train {run}/config.yaml" in result.stdout
-    evaluated = megatronish(
-        "eval", str(run), "--data", str(tmp_path / "heldout"), "--json", str(tmp_path / "e.json"), "--nproc", "2"
-    )
+    evaluated = forked("eval", str(run), "--data", str(tmp_path / "heldout"), "--json", str(tmp_path / "e.json"), nproc=2)
     assert evaluated.returncode == 0, evaluated.stderr
     nats = json.loads((tmp_path / "e.json").read_text())["nats_per_token"]
     assert nats == pytest.approx(their_loss(theirs, tmp_path / "heldout", 16), rel=1e-5)
@@ -196,13 +192,13 @@ def test_an_imported_model_evaluates_and_trains_as_transformers_says(theirs: Pat
     # Until step 1 is saved, all but the model may change.
     settings = [f"data.train={tmp_path / 'train'}", "data.sequence_length=32", "train.steps=2", "train.global_batch_size=4"]
     settings += ["observe.log_interval=1", "observe.tensorboard=false", "observe.peak_tflops=1.0"]
-    other_model = megatronish("train", str(run / "config.yaml"), *settings, "model.norm_eps=0.1")
+    other_model = forked("train", str(run / "config.yaml"), *settings, "model.norm_eps=0.1")
     assert other_model.returncode == 2 and "model.norm_eps=0.1" in error_lines(other_model.stderr)[0]
-    tuned = megatronish("train", str(run / "config.yaml"), *settings, "parallel.tensor=2", "--nproc", "2")
+    tuned = forked("train", str(run / "config.yaml"), *settings, "parallel.tensor=2", nproc=2)
     assert tuned.returncode == 0, tuned.stderr
     # Random tokens: any batch's loss is near the whole set's; a model drawn anew would be at log 101 = 4.6.
     assert losses(run)[1] == pytest.approx(their_loss(theirs, tmp_path / "train", 32), rel=0.1)
-    longer = megatronish("train", str(run / "config.yaml"), "data.sequence_length=16", "train.steps=3", "parallel.tensor=1")
+    longer = forked("train", str(run / "config.yaml"), "data.sequence_length=16", "train.steps=3", "parallel.tensor=1")
     assert longer.returncode == 2 and "data.sequence_length=16" in error_lines(longer.stderr)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import combinations, cycle, product
 from typing import Any
 
@@ -64,11 +65,13 @@ def case_of(point: Point) -> Case:
     )
 
 
+@cache
 def allowed_points() -> list[Point]:
     """The product of all axes."""
     return [point for point in product(*AXES.values()) if allowed(point)]
 
 
+@cache
 def pairwise_points() -> list[Point]:
     """Few points that hold every pair of values that any allowed point holds. Greedy: the most new pairs, then the fewest ranks,
     then the first; so the same list every time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 from unittest.mock import patch
 
@@ -34,7 +35,8 @@ def test_every_layout_equals_one_process(case: Case, record_property: Callable[[
 
 
 def test_the_pairwise_cover_holds_every_pair_of_values() -> None:
-    possible = {pair for point in allowed_points() for pair in pairs(point)}
+    columns = zip(AXES, zip(*allowed_points(), strict=True), strict=True)
+    possible = {(a, x, b, y) for (a, xs), (b, ys) in combinations(columns, 2) for x, y in set(zip(xs, ys, strict=True))}
     cover = pairwise_points()
     assert {pair for point in cover for pair in pairs(point)} == possible
     assert len(cover) < 45

@@ -36,10 +36,11 @@ def world_size_of(config: Config) -> int:
 
 
 def corner_ranks(config: Config) -> list[int]:
-    """First, middle and last stage, each with the first and the last tp and data rank."""
+    """Of the first, the middle and the last stage the first rank and the last, which differ in tp and data rank. `make full-width`
+    runs every rank of a job."""
     shape = mesh_shape(config, world_size_of(config))
     stages = sorted({0, shape.pp // 2, shape.pp - 1})
-    corners = [{"dp": dp, "tp": tp} for dp in {0, shape.dp - 1} for tp in {0, shape.tp - 1}]
+    corners = [{"dp": 0, "tp": 0}, {"dp": shape.dp - 1, "tp": shape.tp - 1}]
     return sorted({shape.rank_of({"pp": stage, **corner}) for stage in stages for corner in corners})
 
 
@@ -123,7 +124,10 @@ def test_the_log_of_every_rank_equals_the_calls_of_a_real_run(case: Case) -> Non
     train = case.config().train.model_copy(update={"eval_interval": 1, "eval_steps": 1})
     config = case.config().model_copy(update={"data": held_out, "train": train})
     real = ranks(case.world_size).run(record_real_run, config, case.world_size, recorded=True)
-    job = rehearse_job(Plan(config, case.world_size, "cpu", "two of each phase", every_rank=False), processes=0).job
+    rehearsed = rehearse_job(Plan(config, case.world_size, "cpu", "two of each phase", every_rank=False), processes=0)
+    job = rehearsed.job
+    # ZeRO 2 waits for the sum before the one before: its backwards begin to repeat later.
+    assert rehearsed.num_actions_inferred > 0 or case.num_microbatches < 5 or case.zero_stage == 2
     for rank in range(case.world_size):
         logged = logged_calls(job, rank)
         assert len(real[rank]) > 30
