@@ -12,7 +12,7 @@ import torch
 
 from megatronish import checkpointing, formulas
 from megatronish.assemble import Assembly
-from megatronish.comm import barrier, streams
+from megatronish.comm import streams
 from megatronish.comm.history import phase
 from megatronish.comm.host import read_values
 from megatronish.data.loader import evaluation_batches
@@ -50,7 +50,7 @@ class AfterStep:
         self.requests = RequestFiles(folder.path, looks=is_file_writer, told=self.around.told, is_current=current)
         self.must_go_on = False
         """The run has ended for another life to go on."""
-        for path in self.requests.remove_old():
+        for path in self.requests.remove_old(stop=not self.around.is_requeued):
             self.around.log.warning("removed %s: it was there before this start", path)
         self.profile = ProfileWindow(
             folder.path,
@@ -95,16 +95,16 @@ class AfterStep:
         is_last = step == config.num_steps
         must_save = is_last or _is_due(step, config.checkpoint.interval)
         if _is_due(step, config.observe.log_interval) or must_save or self._since[0] == 0:
-            self.report(result)
             asked = self.requests.ask(world=self.run.mesh.groups["world"], device=self.run.mesh.device)
+            if asked.superseded:
+                raise Superseded(f"{self.around.folder.path} is another life's by now: this one ends after step {step}, unsaved")
+            self.report(result)
         if _is_due(step, config.train.eval_interval) or (is_last and config.train.eval_interval):
             with phase("evaluate", step):
                 self.evaluate(step)
         if _is_due(step, config.observe.sample_interval) or (is_last and config.observe.sample_interval):
             with phase("sample", step):
                 self.sample(step)
-        if asked.superseded:
-            raise Superseded(f"{self.around.folder.path} is another life's by now: this one ends after step {step}, unsaved")
         ends = is_last or asked.stop or asked.requeue or self.is_out_of_patience(step)
         if must_save or asked.save or ends:
             with phase("save", step):
@@ -115,8 +115,6 @@ class AfterStep:
             self.saver.finish()
         if asked.requeue and not is_last and not asked.stop:
             self.must_go_on = True
-            # The first rank to end makes a launcher stop the others: none may, before rank 0 has completed the checkpoint.
-            barrier(self.run.mesh.groups["world"], what="end of a life")
             self.around.log.info("stopped after step %d of %d, as a signal asked; the same command goes on", step, config.num_steps)
         self.requests.answered(asked)
         if step == config.observe.memory_snapshot_step and self.around.keeps_files:

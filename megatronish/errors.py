@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -41,6 +42,19 @@ class IntegrityError(UserError):
     """What is on disk is not what was written there. As a UserError, with exit code 78."""
 
 
+class Fault(UserError):
+    """What another start may cure: ranks that have not come, a disk that failed. As a UserError, with exit code 76."""
+
+
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN, errno.ECONNRESET}
+
+
+def disk_error(number: int | None) -> type[UserError]:
+    """What a disk's error `number` is to the user: a Fault where it may pass, a UserError where somebody has to change something
+    (it is full, read-only, not theirs)."""
+    return Fault if number in _PASSING else UserError
+
+
 class RunStopped(RuntimeError):
     """A run that must not go on, through no fault of input or code: its numbers are not finite. Its text is one line for the user.
 
@@ -54,7 +68,13 @@ class Superseded(RunStopped):
 
 def exit_code_of(error: BaseException) -> int | None:
     """The exit code of an error whose text is all that a user needs; None for any other."""
-    kinds = {IntegrityError: INTEGRITY, UserError: BAD_INPUT, Superseded: SUPERSEDED, RunStopped: NO_PROGRESS}
+    kinds = {
+        IntegrityError: INTEGRITY,
+        Fault: FAULT,
+        UserError: BAD_INPUT,
+        Superseded: SUPERSEDED,
+        RunStopped: NO_PROGRESS,
+    }
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), None)
 
 

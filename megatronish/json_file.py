@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatronish.errors import UserError
+from megatronish.errors import UserError, disk_error
 
 
 def writable(path: Path) -> Path:
@@ -21,10 +21,10 @@ def writable(path: Path) -> Path:
 
 
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Whole or not at all. UserError if the file cannot be written."""
+    """Whole or not at all. UserError, or Fault (errors.disk_error), if the file cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+        raise disk_error(error.errno)(f"{path}: cannot be written ({error.strerror})") from None

@@ -14,9 +14,9 @@ from pathlib import Path
 from megatronish import failures
 from megatronish.end_signals import EndSignals, send_to_children
 from megatronish.errors import UserError, code_of_job
+from megatronish.parallel.launchers import LOCAL_RUN
 from megatronish.parallel.rendezvous import Place
 
-_RUN_ID = "local-"
 _PR_SET_PDEATHSIG = 1
 _STOPPED = {-signal.SIGTERM, 128 + signal.SIGTERM}
 
@@ -39,7 +39,7 @@ def run_local(arguments: list[str], nproc: int, *, run_folder: Path | None = Non
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
-        run_id=f"{_RUN_ID}{os.getpid()}-{uuid.uuid4().hex[:8]}",
+        run_id=f"{LOCAL_RUN}{os.getpid()}-{uuid.uuid4().hex[:8]}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -98,7 +98,7 @@ def must_launch(place: Place, nproc: int | None) -> bool:
 def end_with_launcher(place: Place) -> None:
     """In a rank that `run_local` started: ask Linux to kill it when the launcher is gone, however it went. Ranks have sessions of
     their own, so a launcher killed by SIGKILL would leave them running."""
-    if not place.run_id.startswith(_RUN_ID) or not sys.platform.startswith("linux"):
+    if not place.run_id.startswith(LOCAL_RUN) or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != int(place.run_id.split("-")[1]):  # it went before that call

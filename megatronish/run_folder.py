@@ -19,7 +19,7 @@ from megatronish.checkpoint.load import find_checkpoints
 from megatronish.checkpoint.manifest import step_of
 from megatronish.config import Config
 from megatronish.config_loader import load_config, to_yaml
-from megatronish.errors import UserError
+from megatronish.errors import UserError, disk_error
 
 FIXED_KEYS = (
     "model",
@@ -32,6 +32,10 @@ FIXED_KEYS = (
 """What makes a run the same run: another value needs another name. All other keys may change when it is resumed, the layout too."""
 FIXED_BEFORE_STEP_1 = ("model",)
 """The same of an imported model that has not trained yet."""
+
+
+COMMIT_FILE = "COMMIT"
+"""Beside a copy of the package: the commit that it is of."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class RunFolder:
                 with tempfile.TemporaryFile(dir=folder):
                     pass
         except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; change run_root or name") from error
+            reason = f"cannot write the run folder {self.path}: {error.strerror}; change run_root or name"
+            raise disk_error(error.errno)(reason) from error
 
     def record(self, config: Config) -> None:
         """Write config.yaml (resolved) and environment.json, once the run is sure to go on with them. One process calls this."""
@@ -96,7 +101,8 @@ class RunFolder:
             _replace(self.config_file, to_yaml(config))
             _replace(self.path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}; change run_root or name") from error
+            reason = f"cannot write the run folder {self.path}: {error.strerror}; change run_root or name"
+            raise disk_error(error.errno)(reason) from error
 
 
 def _get(config: Config, key: str) -> Any:
@@ -115,7 +121,7 @@ def _replace(path: Path, text: str) -> None:
 
 def _environment() -> dict[str, object]:
     return {
-        "commit": _commit(),
+        "commit": commit_of_code(),
         "host": socket.gethostname(),
         "megatronish": __version__,
         "native": native.describe().splitlines(),
@@ -125,9 +131,11 @@ def _environment() -> dict[str, object]:
     }
 
 
-def _commit() -> str | None:
+def commit_of_code() -> str | None:
     """The commit of the source tree, with `+changes` if it has any; None outside of a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
+    if (copied := here.parent / COMMIT_FILE).is_file():  # a copy may lie below another commit by now
+        return copied.read_text().strip()
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
         changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout

@@ -23,7 +23,7 @@ from megatronish.deepspeed_settings import check_engine
 from megatronish.errors import UserError
 from megatronish.json_file import write_json
 from megatronish.preflight.certificate import find_certificate
-from megatronish.run_folder import RunFolder
+from megatronish.run_folder import COMMIT_FILE, RunFolder, commit_of_code
 
 JOB_FILE = "job.json"
 """In RUN/submit: the job's number, for `megatronish status`."""
@@ -160,10 +160,12 @@ def _directive(key: str, value: str | None) -> str:
 
 
 def copy_code(target: Path) -> None:
-    """The package, native parts too, and launch/."""
-    root = checkout()
+    """The package, native parts too, launch/, and which commit it is."""
+    root, commit = checkout(), commit_of_code()
     for name in ("megatronish", "launch"):
         shutil.copytree(root / name, target / name)  # with what Python has compiled: not every rank must do that again
+    if commit is not None:
+        (target / COMMIT_FILE).write_text(f"{commit}\n")
 
 
 def test_only(script: str) -> int:

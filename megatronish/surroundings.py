@@ -87,6 +87,8 @@ class Surroundings:
     """Whether this process was asked, by a signal, to save and end."""
     life: Life | None = None
     """Of the rank that writes."""
+    is_requeued: bool = False
+    """A launcher started this life by itself: nobody has taken back a request made before."""
 
     @property
     def keeps_files(self) -> bool:

@@ -25,7 +25,7 @@ from megatronish.data.loader import BatchLoader
 from megatronish.deepspeed_settings import check_engine, write_settings
 from megatronish.early_stopping import EarlyStopping
 from megatronish.end_signals import EndSignals
-from megatronish.errors import SAVED
+from megatronish.errors import SAVED, UserError
 from megatronish.life import Life
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
@@ -104,7 +104,14 @@ def train_in_folder(
         log.info("%s", place.describe())
         token = f"{place.run_id}/{place.restart}"
         around = Surroundings(
-            folder, log, token=token, ranks_per_host=place.local_world_size, clock=clock, told=signals.told, life=life
+            folder,
+            log,
+            token=token,
+            ranks_per_host=place.local_world_size,
+            clock=clock,
+            told=signals.told,
+            life=life,
+            is_requeued=place.restart > 0,
         )
         signals.begin(lambda: any(failure.launch == token for failure in failures.since(folder.path, begun - 60)))
         return run_training(config, mesh, datasets, around)
@@ -162,7 +169,7 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         log.info("dry batch: loss %.4f; every parameter, the loss and the gradients are finite", loss)
         metrics = progress = None
         if is_writer:
-            metrics = stack.enter_context(open_metrics(config, around.folder, first_step=done + 1 if done else 0))
+            metrics = stack.enter_context(open_metrics(config, around, first_step=done + 1 if done else 0))
             progress = stack.enter_context(TrainingProgress(total_steps=config.num_steps, first_step=done + 1, enabled=True))
         after = AfterStep(run, datasets, around, share, metrics, progress, peak, early_stopping)
         stack.callback(after.close)
@@ -175,16 +182,24 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
             if not after(result):
                 break
         after.saver.finish()
+    if after.must_go_on:
+        # The first rank to end makes a launcher stop the others: none may, before rank 0 has closed all that it writes.
+        barrier(mesh.groups["world"], what="end of a life")
     return after.must_go_on
 
 
-def open_metrics(config: Config, folder: RunFolder, *, first_step: int) -> MetricsWriter:
+def open_metrics(config: Config, around: Surroundings, *, first_step: int) -> MetricsWriter:
     """Where the numbers of this life go. Drops what a life that was killed wrote past its checkpoint, of samples too."""
-    wandb = None
-    if config.observe.wandb_project is not None:
-        wandb = WandbRun(config.observe.wandb_project, name=config.name, run_dir=folder.path, config=config.model_dump(mode="json"))
-    cut_rows(folder.path / SAMPLES_FILE, first_step)
-    return MetricsWriter(folder.path, tensorboard=config.observe.tensorboard, first_step=first_step, wandb=wandb)
+    wandb, project, path = None, config.observe.wandb_project, around.folder.path
+    if project is not None:
+        try:
+            wandb = WandbRun(project, name=config.name, run_dir=path, config=config.model_dump(mode="json"))
+        except UserError as error:
+            if first_step == 0:
+                raise
+            around.log.warning("%s. This life goes on without it", error)  # it could log in when the run began
+    cut_rows(path / SAMPLES_FILE, first_step)
+    return MetricsWriter(path, tensorboard=config.observe.tensorboard, first_step=first_step, wandb=wandb)
 
 
 def log_facts(run: Assembly, datasets: Datasets, log: logging.Logger) -> None:

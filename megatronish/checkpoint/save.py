@@ -43,7 +43,7 @@ from megatronish.checkpoint.pieces import Piece, tiling_problem
 from megatronish.checkpoint.storage import Storage
 from megatronish.checkpoint.verify import verify_checkpoint
 from megatronish.comm import Group
-from megatronish.errors import Superseded, UserError
+from megatronish.errors import Superseded, UserError, disk_error
 
 _DISK, _INTERNAL, _SUPERSEDED = 1, 2, 3
 _PLACEHOLDER_SIZE = 10**15
@@ -252,7 +252,8 @@ def _raise_failures(job: SaveJob, rows: Sequence[Row], error: Exception | None) 
             reason = os.strerror(row.error_number) if row.error_number else "input/output failed"
             full = row.error_number in (errno.ENOSPC, errno.EDQUOT)
             advice = "free space, lower checkpoint.keep or change run_root" if full else "check run_root"
-            raise UserError(f"{where}: rank {rank}: {reason}; {advice}. Earlier checkpoints are whole") from error
+            kind = disk_error(row.error_number)
+            raise kind(f"{where}: rank {rank}: {reason}; {advice}. Earlier checkpoints are whole") from error
         if row.failed == _SUPERSEDED:
             raise Superseded(f"{where}: a later life of the run has begun; this one ends")
         if row.failed:

@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from megatronish.errors import UserError
+from megatronish.errors import disk_error
 
 
 class _RankFile(logging.FileHandler):
@@ -54,7 +54,7 @@ def setup_logging(run_dir: Path, *, rank: int, coordinates: str) -> logging.Logg
     """The logger of this process, `megatronish`: appends to RUN/logs, and on rank 0 writes to standard error.
 
     `coordinates` opens each line, e.g. `pp0 dp0 tp0` (`Mesh.describe`). A second call replaces what the first one set up.
-    Raises UserError where the file cannot be written."""
+    Raises UserError, or Fault (errors.disk_error), where the file cannot be written."""
     logger = logging.getLogger("megatronish")
     for handler in list(logger.handlers):
         if isinstance(handler, _RankFile | _Terminal):
@@ -67,7 +67,7 @@ def setup_logging(run_dir: Path, *, rank: int, coordinates: str) -> logging.Logg
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _RankFile(path, mode="a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); set run_root to a folder that can") from None
+        raise disk_error(error.errno)(f"{path}: cannot be written ({error.strerror}); set run_root to a folder that can") from None
     file.setFormatter(_Lines(coordinates, time_format="%Y-%m-%d %H:%M:%S"))
     logger.addHandler(file)
     if rank == 0:

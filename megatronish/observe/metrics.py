@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from megatronish.errors import UserError
+from megatronish.errors import disk_error
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +38,8 @@ class MetricsWriter:
             cut_rows(path, first_step)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); set run_root to a folder that can") from None
+            reason = f"{path}: cannot be written ({error.strerror}); set run_root to a folder that can"
+            raise disk_error(error.errno)(reason) from None
         self._wandb = wandb
         self._board: SummaryWriter | None = None
         if tensorboard:
@@ -52,7 +53,8 @@ class MetricsWriter:
         try:
             self._file.write(f"{json.dumps(row, allow_nan=False)}\n".encode())
         except OSError as error:
-            raise UserError(f"{self._file.name}: cannot be written ({error.strerror}); free space, or change run_root") from None
+            reason = f"{self._file.name}: cannot be written ({error.strerror}); free space, or change run_root"
+            raise disk_error(error.errno)(reason) from None
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(key, value, step)

@@ -40,9 +40,10 @@ class RequestFiles:
         self._paths = {name: run_dir / name for name in (STOP, SAVE)}
         self._looks = looks
 
-    def remove_old(self) -> list[Path]:
-        """Remove what was asked before this start, of another life of the run; returns what was there."""
-        return self._remove(Requests(stop=True, save=True))
+    def remove_old(self, *, stop: bool) -> list[Path]:
+        """Remove what was asked before this start, of another life of the run; returns what was there. `stop` false: a request to
+        stop still holds, and this life ends after its first step."""
+        return self._remove(Requests(stop=stop, save=True))
 
     def ask(self, *, world: Group, device: torch.device) -> Requests:
         """What is asked for now: the same answer on every rank. Collective over `world`, one all-reduce of four numbers; waits."""

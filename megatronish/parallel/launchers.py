@@ -22,6 +22,9 @@ NUM_PORTS = 16
 FIRST_PORT, LAST_PORT = 20_000, 31_999
 """Below 32,768, where Linux takes the ports of outgoing connections from."""
 _NODELISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+LOCAL_RUN = "local-"
+"""What the run id begins with where `--nproc` has started the ranks."""
+_RESTARTS_OF_TORCHRUN = 1_000
 _NO_STEP = 4_294_967_000
 """Slurm numbers what is not a step from here: the shell of sbatch, the interactive one of salloc."""
 
@@ -89,9 +92,9 @@ def _from_five(environment: Environment) -> Place:
     size_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
     local_world_size = number(environment, size_name) if size_name in environment else numbers["LOCAL_RANK"] + 1
     _check_below("LOCAL_RANK", numbers["LOCAL_RANK"], size_name, local_world_size)
-    launcher = "environment"
+    launcher, run_id, restart = "environment", "none", 0
     if "TORCHELASTIC_RUN_ID" in environment:
-        launcher = "torchrun"
+        launcher, (run_id, restart) = "torchrun", _run_of_torchrun(environment)
     elif "CROSS_RANK" in environment and "LOCAL_SIZE" in environment:
         launcher = "deepspeed"
     elif _is_task_of_step(environment):
@@ -102,12 +105,23 @@ def _from_five(environment: Environment) -> Place:
         local_rank=numbers["LOCAL_RANK"],
         world_size=numbers["WORLD_SIZE"],
         local_world_size=local_world_size,
-        run_id=environment.get("TORCHELASTIC_RUN_ID", "none"),
-        restart=number(environment, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in environment else 0,
+        run_id=run_id,
+        restart=restart,
         master=(environment["MASTER_ADDR"], _port(environment)),
         # torchrun's agent already serves a store there; anyone else leaves that to rank 0.
         agent_serves=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def _run_of_torchrun(environment: Environment) -> tuple[str, int]:
+    """(run id, number of the life). Within a Slurm job torchrun counts its own restarts anew in every life of the job."""
+    restart = number(environment, "TORCHELASTIC_RESTART_COUNT", default=0)
+    run_id = environment["TORCHELASTIC_RUN_ID"]
+    if "SLURM_JOB_ID" not in environment or run_id.startswith(LOCAL_RUN):
+        return run_id, restart
+    step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", "0"))
+    lives = number(environment, "SLURM_RESTART_COUNT", default=0)
+    return f"slurm-{environment['SLURM_JOB_ID']}.{step}", lives * _RESTARTS_OF_TORCHRUN + restart
 
 
 def _check_not_inherited(environment: Environment, rank: int, world_size: int) -> None:

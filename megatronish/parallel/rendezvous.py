@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import ipaddress
 import os
+import random
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatronish.comm import streams
-from megatronish.errors import UserError
+from megatronish.errors import Fault, UserError
 from megatronish.parallel.launchers import ALONE, VARIABLES, Place, place_of
 from megatronish.parallel.meeting import announce, look_up
 
@@ -78,7 +79,7 @@ def _meet_at_port(place: Place, timeout_seconds: float, *, loopback_seconds: flo
 
 
 def _meet(place: Place, timeout_seconds: float) -> dist.Store:
-    """Join the store that rank 0 serves wherever there is a free port. UserError if rank 0 is not found, or ranks do not come."""
+    """Join the store that rank 0 serves wherever there is a free port. Fault if rank 0 is not found, or ranks do not come."""
     assert place.master is not None
     host, timeout = place.master[0], datetime.timedelta(seconds=timeout_seconds)
     if place.rank == 0:
@@ -89,16 +90,17 @@ def _meet(place: Place, timeout_seconds: float) -> dist.Store:
     stop = time.monotonic() + timeout_seconds
     while (port := look_up(host, place.ports, _token(place))) is None:
         if time.monotonic() > stop:
-            raise UserError(
+            raise Fault(
                 f"rank {place.rank} finds no rank 0 of {_token(place)} at {host}, ports {place.ports[0]}, {place.ports[1]}, ... in "
                 f"{timeout_seconds:g} s: is it running there? Else set MASTER_ADDR to its host and MASTER_PORT to a free port there"
             )
-        time.sleep(0.2)
+        # Thousands of ranks ask one host, while it imports torch.
+        time.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.2 + place.world_size / 1000))
     try:
         store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
         _own_part(place, store).set(f"here/{place.rank}", "1")
     except RuntimeError as error:
-        raise UserError(f"rank {place.rank} cannot reach rank 0 at {host}:{port}: {str(error).splitlines()[0]}") from error
+        raise Fault(f"rank {place.rank} cannot reach rank 0 at {host}:{port}: {str(error).splitlines()[0]}") from error
     return store
 
 
@@ -107,7 +109,7 @@ def _wait_for_all(place: Place, store: dist.Store, timeout_seconds: float) -> No
     while missing := [rank for rank in missing if not own.check([f"here/{rank}"])]:
         if time.monotonic() > stop:
             named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            raise UserError(
+            raise Fault(
                 f"{len(missing)} of {place.world_size} ranks have not come in {timeout_seconds:g} s: {named}; see what they say"
             )
         time.sleep(0.05)

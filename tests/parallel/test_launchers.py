@@ -108,6 +108,18 @@ def test_five_variables_win(five: dict[str, str], launcher: str, around: dict[st
     assert place.local_world_size == 2 and place.master == ("10.0.0.1", 29500)
 
 
+def test_a_life_of_torchrun_within_a_slurm_job_is_later_than_those_of_the_lives_before() -> None:
+    def life(**changes: str) -> tuple[str, int]:
+        place = find_place(SRUN_TASK | TORCHRUN | changes)
+        return place.run_id, place.restart
+
+    first, again = life(), life(TORCHELASTIC_RESTART_COUNT="3")
+    requeued = life(SLURM_RESTART_COUNT="1", TORCHELASTIC_RESTART_COUNT="0")
+    assert first[0] == again[0] == requeued[0] and first[0].startswith("slurm-") and first[1] < again[1] < requeued[1]
+    # Of `--nproc` the id says who its launcher is.
+    assert life(TORCHELASTIC_RUN_ID="local-12-ab")[0] == "local-12-ab"
+
+
 def test_mpirun_on_one_host_meets_at_loopback() -> None:
     place = find_place(OPEN_MPI)
     assert where(place) == (3, 3, 8, 8) and place.launcher == "mpirun (Open MPI)"
