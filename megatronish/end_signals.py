@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 REQUESTS = {signal.SIGUSR1, signal.SIGTERM}
+STACKS_SECONDS = 10.0
+"""A process that has been asked to end and has not by then leaves where it is. Slurm kills it after KillWait, 30 s if not set."""
 
 
 class EndSignals:
@@ -49,19 +51,30 @@ class EndSignals:
         self._passes_on = True
 
     def _take(self) -> None:
-        ended = False
+        ended, since, has_left_stacks = False, 0.0, False
         while True:
             taken = signal.sigtimedwait(REQUESTS, 1.0)
             number = None if taken is None else taken.si_signo
             if number is not None:
                 self._told.set()
-            ended = ended or number == signal.SIGTERM
+            if number == signal.SIGTERM and not ended:
+                ended, since = True, time.monotonic()
             if self._passes_on:
                 if number is not None or ended:
                     send_to_children(number or signal.SIGTERM)
             elif ended and (self._has_failed is None or self._has_failed()):
+                if self._has_failed is not None and not has_left_stacks:
+                    _leave_stacks()
                 time.sleep(0.2)  # what was written last should come out
                 os._exit(128 + signal.SIGTERM)
+            elif ended and not has_left_stacks and time.monotonic() > since + STACKS_SECONDS:
+                _leave_stacks()
+                has_left_stacks = True
+
+
+def _leave_stacks() -> None:
+    """Let observe/post_mortem.py, which listens from before `begin`, write where the threads of this process are."""
+    os.kill(os.getpid(), signal.SIGUSR2)
 
 
 def send_to_children(number: int) -> None:

@@ -1,7 +1,7 @@
 """RUN/failures/rank-00003.json: why a rank failed. srun's exit code is the highest of all tasks', and hides it.
 
-`python -m megatronish.failures RUN MARK CODE` says which rank failed first since the file MARK was written, and exits with the
-job's code. Imports nothing heavy: batch scripts run it."""
+`python -m megatronish.failures RUN MARK CODE JOB` says which rank of that Slurm job failed first since the file MARK was written,
+and exits with the job's code. Imports nothing heavy: batch scripts run it."""
 
 from __future__ import annotations
 
@@ -81,14 +81,20 @@ def latest(run: Path) -> Failure | None:
     return next(failure for failure in found if failure.launch == launch)
 
 
-def main(run: Path, mark: Path, code: int) -> int:
+def main(run: Path, mark: Path, code: int, job: str) -> int:
     """Print the first failure since `mark`; the job's exit code, `code` being the launcher's."""
-    found = since(run, mark.stat().st_mtime)
+    if code == 0:
+        return 0
+    # Another job may have been refused this folder meanwhile.
+    found = [
+        at for at in since(run, mark.stat().st_mtime) if not at.launch.startswith("slurm-") or at.launch.startswith(f"slurm-{job}.")
+    ]
     if found:
-        print(f"first failure: {found[0].describe(run)}", file=sys.stderr)
+        unexplained = "; no rank gives a reason of its own: one was killed (out of memory?), or its node is lost"
+        print(f"first failure: {found[0].describe(run)}{unexplained if found[0].lost_peer else ''}", file=sys.stderr)
     # The launcher's own code may be that of a rank which was stopped for another's failure.
     return code_of_job([*(failure.code for failure in found), code])
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))

@@ -9,19 +9,22 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatronish.errors import Superseded, UserError
+from megatronish.errors import SUPERSEDED, Superseded, UserError
 from megatronish.json_file import write_json
 from megatronish.observe.post_mortem import state_of_process
 
 FILE_NAME = "life.json"
 BEAT_SECONDS = 5.0
+WATCH_SECONDS = 10.0
 STALE_SECONDS = 20.0
 """After so long without a beat nobody is taken to be alive."""
 
@@ -32,8 +35,7 @@ class Life:
 
     def __init__(self, run_dir: Path, launch: str, restart: int, *, beat_seconds: float = BEAT_SECONDS) -> None:
         self.path = run_dir / FILE_NAME
-        self._job, _, step = launch.partition(".") if launch.startswith("slurm-") else (launch, "", "")
-        self._order = [restart, int(step) if step.isdecimal() else 0]
+        self._job, self._order = _job_and_order(launch, restart)
         # Not every launcher names its jobs.
         self.token = f"{launch}/{restart}/{uuid.uuid4().hex[:8]}"
         self._beat = beat_seconds
@@ -98,6 +100,37 @@ class Life:
                     return "ended" not in (_read(self.path) or {})
             time.sleep(0.2)
         return False
+
+
+@contextlib.contextmanager
+def ended_by_later_life(run_dir: Path, launch: str, restart: int, *, watch_seconds: float = WATCH_SECONDS) -> Iterator[None]:
+    """Context manager of every rank: once RUN/life.json names a later life of the same job, this process ends, with code 79.
+
+    Slurm has then lost this rank's node, and given the job others. Its peers are gone without a word, so it would wait in a
+    collective, on a GPU that the node may soon have to give to somebody else."""
+    path, (job, order), over = run_dir / FILE_NAME, _job_and_order(launch, restart), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(watch_seconds):
+            found = _read(path)
+            # Only a later life of the same job: a file system may still show an older file, which never is one.
+            if found is not None and found.get("job") == job and found.get("order", []) > order:
+                sys.stderr.write(f"{run_dir} now belongs to {found.get('token')}: {launch}/{restart} ends, unsaved\n")
+                sys.stderr.flush()
+                os._exit(SUPERSEDED)  # the main thread may wait in C++ for ever
+
+    thread = threading.Thread(target=watch, name="later life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _job_and_order(launch: str, restart: int) -> tuple[str, list[int]]:
+    """The job that a launch is of, and what is greater for its later lives: (restart, step)."""
+    job, _, step = launch.partition(".") if launch.startswith("slurm-") else (launch, "", "")
+    return job, [restart, int(step) if step.isdecimal() else 0]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

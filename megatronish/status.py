@@ -35,7 +35,7 @@ def main(run: Path) -> int:
 def facts(folder: RunFolder) -> Iterator[tuple[str, str]]:
     """(what, how it stands)."""
     if (job := submitted_job(folder.path)) is not None:
-        yield "job", describe_job(job)
+        yield "job", describe_job(str(job["job"]), needed=job.get("nodes"))
     total = f" of {load_config(folder.config_file).num_steps:,}" if folder.config_file.is_file() else ""
     row = last_row(folder.path / "metrics.jsonl")
     if row is None:
@@ -50,16 +50,17 @@ def facts(folder: RunFolder) -> Iterator[tuple[str, str]]:
     yield "checkpoint", f"step {step_of(newest[0].name):,}, {ago(newest[0])}" if newest else "none yet"
 
 
-def submitted_job(run: Path) -> str | None:
-    """The number of the job that was submitted last."""
+def submitted_job(run: Path) -> dict[str, Any] | None:
+    """What `megatronish submit` said of the job that it submitted last."""
     try:
-        return str(json.loads((run / "submit" / JOB_FILE).read_text())["job"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((run / "submit" / JOB_FILE).read_text())
+    except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) and "job" in found else None
 
 
-def describe_job(job: str) -> str:
-    """State, time, nodes and restarts, as scontrol says."""
+def describe_job(job: str, *, needed: int | None) -> str:
+    """State, time, nodes and restarts, as scontrol says. `needed`: nodes that the ranks take; the others are spare."""
     try:
         done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -68,9 +69,11 @@ def describe_job(job: str) -> str:
     if done.returncode != 0 or "JobState" not in said:
         return f"{job}; Slurm does not know it any more"
     reason = f" ({said['Reason']})" if said.get("Reason", "None") != "None" else ""
+    nodes = said.get("NumNodes", "").partition("-")[0]
+    spares = int(nodes) - needed if needed is not None and nodes.isdecimal() else 0
     return (
         f"{job} {said['JobState']}{reason}, {said.get('RunTime')} of {said.get('TimeLimit')}, restarts {said.get('Restarts')}, "
-        f"nodes {said.get('NodeList')}"
+        f"nodes {said.get('NodeList')}{f', {spares} of them spare' if spares > 0 else ''}"
     )
 
 

@@ -41,6 +41,8 @@ class Request:
     partition: str | None = None
     account: str | None = None
     exclude: str | None = None
+    spares: int = 0
+    """More nodes, which the ranks leave free until one is lost."""
     options: tuple[str, ...] = ()
     device_kind: Literal["cuda", "cpu"] = "cuda"
     preflight: bool = True
@@ -54,13 +56,15 @@ class Request:
         """Options of sbatch; None: without a value."""
         found: dict[str, str | None] = {
             "job-name": name,
-            "nodes": str(self.nodes),
+            "nodes": str(self.nodes + self.spares),
             "ntasks-per-node": str(self.gpus_per_node),
             "gpus-per-node": str(self.gpus_per_node if self.device_kind == "cuda" else 0),
             "cpus-per-task": str(self.cpus_per_gpu),
             "time": self.time,
             "output": str(log),
         }
+        if self.spares:  # the allocation outlives a node
+            found["no-kill"] = None
         found |= {key: value for key in ("partition", "account", "exclude") if (value := getattr(self, key)) is not None}
         for option in self.options:
             key, equals, value = option.removeprefix("--").partition("=")
@@ -89,6 +93,8 @@ def main(config_path: str, overrides: list[str], request: Request) -> int:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     home = folder.path.absolute() / "submit" / stamp
     variables = {"PYTHON": sys.executable, "MEGATRONISH_HOME": str(Path.cwd()), "MEGATRONISH_CODE": str(home / "code")}
+    if request.spares:
+        variables["SPARES"] = str(request.spares)
     directives = request.directives(config.name, folder.path.absolute() / "logs" / "job-%j.log")
     script = render(template, directives, variables, [str(home / "config.yaml")])
     if request.dry_run:
@@ -99,9 +105,10 @@ def main(config_path: str, overrides: list[str], request: Request) -> int:
     (home / "config.yaml").write_text(to_yaml(config))
     (home / "pretrain.sbatch").write_text(script)
     job = queue(home / "pretrain.sbatch")
-    write_json(home.parent / JOB_FILE, {"job": job, "submitted": stamp, "world_size": request.world_size})
+    write_json(home.parent / JOB_FILE, {"job": job, "submitted": stamp, "nodes": request.nodes, "world_size": request.world_size})
     log = directives["output"]
-    print(f"job {job}: {config.name}, {request.world_size:,} ranks on {request.nodes} nodes, code and config in {home}")
+    spares = f" and {request.spares} spare" if request.spares else ""
+    print(f"job {job}: {config.name}, {request.world_size:,} ranks on {request.nodes} nodes{spares}, code and config in {home}")
     print(f"watch: squeue -j {job}; megatronish status {folder.path}; tail -F {str(log).replace('%j', job)}")
     return 0
 

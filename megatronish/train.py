@@ -26,7 +26,7 @@ from megatronish.deepspeed_settings import check_engine, write_settings
 from megatronish.early_stopping import EarlyStopping
 from megatronish.end_signals import EndSignals
 from megatronish.errors import SAVED, UserError
-from megatronish.life import Life
+from megatronish.life import Life, ended_by_later_life
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
 from megatronish.observe.log import setup_logging
@@ -102,6 +102,7 @@ def train_in_folder(
         begun = time.time()
         log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
         log.info("%s", place.describe())
+        stack.enter_context(ended_by_later_life(folder.path, place.run_id, place.restart))
         token = f"{place.run_id}/{place.restart}"
         around = Surroundings(
             folder,

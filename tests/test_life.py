@@ -57,6 +57,22 @@ def test_a_killed_life_frees_the_folder_at_once(tmp_path: Path) -> None:
         life.require_current()
 
 
+def test_a_rank_ends_once_a_later_life_of_its_job_has_begun_whatever_it_waits_in(tmp_path: Path) -> None:
+    script = (
+        "import ctypes\nfrom pathlib import Path\nfrom megatronish.life import ended_by_later_life\n"
+        f"with ended_by_later_life(Path({str(tmp_path)!r}), 'slurm-7.0', 1, watch_seconds=0.1):\n"
+        "    print('waits', flush=True)\n    ctypes.CDLL(None).sleep(100)\n"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert rank.stdout is not None and rank.stdout.readline() == "waits\n"
+    for launch, restart in (("slurm-7.0", 0), ("slurm-7.0", 1), ("slurm-8.0", 5)):  # earlier, its own, another job's
+        with Life(tmp_path, launch, restart), pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(timeout=0.5)
+    with Life(tmp_path, "slurm-7.0", 2):
+        assert rank.wait(timeout=20) == 79
+    assert "now belongs to slurm-7.0/2/" in rank.communicate()[1]
+
+
 def test_a_life_on_another_host_is_alive_while_it_beats(tmp_path: Path) -> None:
     with Life(tmp_path, "a", 0, beat_seconds=0.1) as first:
         path = tmp_path / "life.json"
@@ -95,6 +111,41 @@ def test_the_failure_that_explains_itself_is_first_and_only_those_since_the_mark
     mark = tmp_path / "mark"
     mark.touch()
     assert [f.rank for f in failures.since(tmp_path, mark.stat().st_mtime + 1)] == []
+
+
+def test_what_another_job_left_is_not_this_jobs_failure_and_no_failure_counts_once_all_is_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    failures.leave(tmp_path, failures.now(0, 2, "slurm-8.0/0", where="start", error="folder at work", code=2, lost_peer=False))
+    failures.leave(tmp_path, failures.now(1, 2, "slurm-7.0/0", where="train step 3", error="gone", code=76, lost_peer=True))
+    assert failures.main(tmp_path, mark, 143, "7") == 76
+    said = capsys.readouterr().err
+    assert "first failure: rank 1 of 2" in said and "one was killed" in said and "at work" not in said
+    assert failures.main(tmp_path, mark, 0, "7") == 0
+
+
+def test_a_rank_that_cannot_end_as_asked_leaves_its_stacks(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    script = (
+        "import ctypes\nfrom pathlib import Path\nfrom megatronish import end_signals\n"
+        f"end_signals.STACKS_SECONDS = 0.5\nrun = Path({str(tmp_path)!r})\n"
+        "signals = end_signals.EndSignals()\nsignals.listen()\n"
+        "from megatronish.observe.post_mortem import PostMortem, Who\n"
+        "with PostMortem(run, Who(3, 8, {}, 'tp1', 'a/0'), hang_seconds=0):\n"
+        "    signals.begin(lambda: (run / 'failed').exists())\n    print('waits', flush=True)\n"
+        "    while True:\n        ctypes.CDLL(None).sleep(100)\n"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None and rank.stdout.readline() == "waits\n"
+    stacks = tmp_path / "post_mortem/rank-00003.json"
+    rank.terminate()
+    wait_until(stacks.exists, seconds=20, what="its stacks")
+    assert rank.poll() is None and json.loads(stacks.read_text())["stacks"][0]["frames"]
+    (tmp_path / "failed").touch()  # another rank gave up
+    assert rank.wait(timeout=20) == 143
+    rank.communicate()
 
 
 def test_a_signal_to_the_launcher_saves_all_ranks_and_the_same_command_goes_on(tmp_path: Path) -> None:

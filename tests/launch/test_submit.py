@@ -41,13 +41,24 @@ def test_what_is_no_option_of_sbatch_is_refused(option: str) -> None:
         Request(nodes=1, options=(option,)).directives("name", Path("log"))
 
 
-@pytest.mark.parametrize(("config", "nodes"), [("gpt3_175b", 128), ("gpt_1t", 384)])
-def test_the_controller_takes_the_largest_configs(config: str, nodes: int, cluster: Cluster, root: Path) -> None:
-    done = submit(cluster, root, f"configs/{config}.yaml", "--nodes", str(nodes), "--partition", "big")
+@pytest.mark.parametrize(("config", "nodes", "spares"), [("gpt3_175b", 128, 2), ("gpt_1t", 384, 0)])
+def test_the_controller_takes_the_largest_configs(config: str, nodes: int, spares: int, cluster: Cluster, root: Path) -> None:
+    command = (f"configs/{config}.yaml", "--nodes", str(nodes), "--spares", str(spares), "--partition", "big")
+    done = submit(cluster, root, *command)
     assert done.returncode == 0, done.stderr
-    assert re.search(rf"to start at .* on nodes gpu\[0001-0{nodes}\] in partition big", done.stderr)
-    assert f"#SBATCH --nodes={nodes}\n" in done.stdout and "#SBATCH --partition=big\n" in done.stdout
+    assert re.search(rf"to start at .* on nodes gpu\[0001-0{nodes + spares}\] in partition big", done.stderr)
+    lines = done.stdout.splitlines()
+    assert {f"#SBATCH --nodes={nodes + spares}", "#SBATCH --partition=big"} <= set(lines)
+    # An allocation that outlives a node, and ranks that leave some free.
+    assert [line for line in lines if line in ("#SBATCH --no-kill", "export SPARES=2")] == (
+        ["#SBATCH --no-kill", "export SPARES=2"] if spares else []
+    )
     assert not (root / "runs" / config / "submit").exists()
+
+
+def test_fewer_spares_than_none_are_refused(root: Path) -> None:
+    done = megatronish("submit", str(root / "configs/gpt3_175b.yaml"), "--nodes", "128", "--spares", "-1", "--dry-run")
+    assert done.returncode == 2 and "'--spares': Input should be greater than or equal to 0" in done.stderr
 
 
 def test_what_the_controller_refuses_is_said(cluster: Cluster, root: Path) -> None:
