@@ -47,7 +47,7 @@ class EndSignals:
         self._has_failed = has_failed
 
     def pass_on(self) -> None:
-        """In a launcher: send on to the processes started from here; SIGTERM again and again, for those that start just now."""
+        """In a launcher: send on to the processes started from here, again and again, for those that start just now."""
         self._passes_on = True
 
     def _take(self) -> None:
@@ -60,8 +60,8 @@ class EndSignals:
             if number == signal.SIGTERM and not ended:
                 ended, since = True, time.monotonic()
             if self._passes_on:
-                if number is not None or ended:
-                    send_to_children(number or signal.SIGTERM)
+                if self._told.is_set():
+                    send_to_children(signal.SIGTERM if ended else signal.SIGUSR1)
             elif ended and (self._has_failed is None or self._has_failed()):
                 if self._has_failed is not None and not has_left_stacks:
                     _leave_stacks()

@@ -25,8 +25,6 @@ from megatronish.observe.post_mortem import state_of_process
 FILE_NAME = "life.json"
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 10.0
-STALE_SECONDS = 20.0
-"""After so long without a beat nobody is taken to be alive."""
 
 
 class Life:
@@ -45,8 +43,7 @@ class Life:
     def __enter__(self) -> Life:
         """UserError, one line, if another job is at work in this folder. May watch for a few seconds to know."""
         before = _read(self.path)
-        is_later = before is not None and before.get("job") == self._job and before.get("order", []) < self._order
-        if before is not None and not is_later and self._is_alive(before):
+        if before is not None and not _is_later(self._job, self._order, before) and self._is_alive(before):
             raise UserError(
                 f"{self.path.parent} is the folder of a run at work: {before.get('job')}, process {before.get('pid')} on "
                 f"{before.get('host')}; end that first, or use another name"
@@ -60,7 +57,7 @@ class Life:
         self._ended.set()
         self._thread.join(timeout=10.0)
         if self.is_current():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(UserError):  # a disk that fails hides no other error
                 write_json(self.path, {**(_read(self.path) or {}), "ended": time.time()})
 
     def is_current(self) -> bool:
@@ -87,18 +84,13 @@ class Life:
         if before.get("host") == socket.gethostname():
             state, started = state_of_process(int(before.get("pid", 0)))
             return state not in ("", "Z") and started == before.get("started") and before.get("pid") != os.getpid()
-        # Clocks of hosts differ: only the file system's counts. Two beats apart, a life shows itself.
-        first = self.path.stat().st_mtime
-        probe = self.path.with_name(f".{FILE_NAME}.{os.getpid()}")
-        probe.touch()
-        age = probe.stat().st_mtime - first
-        probe.unlink()
-        stop = time.monotonic() + 2 * self._beat + 1
-        while age < STALE_SECONDS and time.monotonic() < stop:
+        # Clocks of hosts differ, and some file systems keep the writer's: only a change counts. Two beats, and a life shows itself.
+        first, stop = self.path.stat().st_mtime, time.monotonic() + 2 * self._beat + 1
+        while time.monotonic() < stop:
+            time.sleep(0.2)
             with contextlib.suppress(OSError):
                 if self.path.stat().st_mtime != first:
                     return "ended" not in (_read(self.path) or {})
-            time.sleep(0.2)
         return False
 
 
@@ -114,7 +106,7 @@ def ended_by_later_life(run_dir: Path, launch: str, restart: int, *, watch_secon
         while not over.wait(watch_seconds):
             found = _read(path)
             # Only a later life of the same job: a file system may still show an older file, which never is one.
-            if found is not None and found.get("job") == job and found.get("order", []) > order:
+            if found is not None and _is_later(found.get("job"), found.get("order", []), {"job": job, "order": order}):
                 sys.stderr.write(f"{run_dir} now belongs to {found.get('token')}: {launch}/{restart} ends, unsaved\n")
                 sys.stderr.flush()
                 os._exit(SUPERSEDED)  # the main thread may wait in C++ for ever
@@ -131,6 +123,11 @@ def _job_and_order(launch: str, restart: int) -> tuple[str, list[int]]:
     """The job that a launch is of, and what is greater for its later lives: (restart, step)."""
     job, _, step = launch.partition(".") if launch.startswith("slurm-") else (launch, "", "")
     return job, [restart, int(step) if step.isdecimal() else 0]
+
+
+def _is_later(job: object, order: list[int], than: dict[str, Any]) -> bool:
+    """Whether a life of `job` takes over from `than`. Other launchers than Slurm count restarts, but do not name their jobs."""
+    return str(job).startswith("slurm-") and than.get("job") == job and than.get("order", []) < order
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def run_local(arguments: list[str], nproc: int, *, run_folder: Path | None = Non
         if signals is not None and signals.told() and set(codes) <= _STOPPED:
             return 128 + signal.SIGTERM  # before there was anything to save
         if run_folder is not None:
-            found = [failure for failure in failures.since(run_folder, 0.0) if failure.launch.startswith(f"{config.run_id}/")]
+            found = failures.of_launch(failures.folder_of(run_folder, f"{config.run_id}/0"))
             codes += [failure.code for failure in found]
             if found:
                 print(f"first failure: {found[0].describe(run_folder)}", file=sys.stderr)

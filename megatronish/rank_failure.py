@@ -119,7 +119,7 @@ class RankGuard:
         failure = failures.now(
             self.place.rank,
             self.place.world_size,
-            f"{self.place.run_id}/{self.place.restart}",
+            self.place.launch,
             # An error has left the phase that it came from.
             where=str(entries[-1][0].moment) if entries else "start",
             error=" ".join(text.split()),

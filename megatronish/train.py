@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import time
+import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megatronish import checkpointing, failures, formulas
 from megatronish.after_step import AfterStep
 from megatronish.assemble import DTYPES, Assembly, assemble, mesh_shape
-from megatronish.comm import barrier, streams
+from megatronish.comm import all_reduce, barrier, streams
 from megatronish.comm.groups import world_group
 from megatronish.comm.history import phase
+from megatronish.comm.host import read_scalar
 from megatronish.config import Config
 from megatronish.config_loader import load_config
 from megatronish.constraints import warnings
@@ -84,7 +86,7 @@ def main(config_path: str, overrides: list[str], nproc: int | None, signals: End
 def listening_post(config: Config, folder: RunFolder, place: Place) -> PostMortem:
     """Context manager: a rank that hangs or fails leaves what `megatronish why-hung` reads."""
     shape = mesh_shape(config, place.world_size)
-    who = Who(place.rank, place.world_size, asdict(shape), shape.describe(place.rank), launch=f"{place.run_id}/{place.restart}")
+    who = Who(place.rank, place.world_size, asdict(shape), shape.describe(place.rank), launch=place.launch)
     return PostMortem(folder.path, who, hang_seconds=config.observe.hang_seconds)
 
 
@@ -98,12 +100,11 @@ def train_in_folder(
         if mesh.rank == 0:
             folder.prepare(config)
             life = stack.enter_context(Life(folder.path, place.run_id, place.restart))
-        barrier(mesh.groups["world"], what="run folder")
-        begun = time.time()
+            failures.forget(folder.path, place.launch)
+        token = f"{place.launch}/{agreed_number(mesh):012x}"
         log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
         log.info("%s", place.describe())
         stack.enter_context(ended_by_later_life(folder.path, place.run_id, place.restart))
-        token = f"{place.run_id}/{place.restart}"
         around = Surroundings(
             folder,
             log,
@@ -114,8 +115,16 @@ def train_in_folder(
             life=life,
             is_requeued=place.restart > 0,
         )
-        signals.begin(lambda: any(failure.launch == token for failure in failures.since(folder.path, begun - 60)))
+        signals.begin(failures.folder_of(folder.path, place.launch).exists)
         return run_training(config, mesh, datasets, around)
+
+
+def agreed_number(mesh: Mesh) -> int:
+    """The same 48 random bits on every rank: not every launcher gives its launches names of their own. Collective over the job."""
+    own = float(secrets.randbits(48)) if mesh.rank == 0 else 0.0  # a float64 holds them
+    drawn = torch.tensor(own, dtype=torch.float64, device=mesh.device)
+    drawn = all_reduce(drawn, mesh.groups["world"], "max", what="name of the launch")
+    return int(read_scalar(drawn, own))
 
 
 def run_facts(config: Config, datasets: Datasets) -> dict[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -102,28 +104,47 @@ def test_the_reason_that_one_rank_gives_is_the_jobs(codes: list[int], code: int)
     assert code_of_job(codes) == code
 
 
-def test_the_failure_that_explains_itself_is_first_and_only_those_since_the_mark_count(tmp_path: Path) -> None:
-    for rank, (error, lost) in enumerate([("gone", True), ("KeyError", False)]):
-        at = failures.now(rank, 2, "job/0", where="train step 3", error=error, code=76, lost_peer=lost)
-        failures.leave(tmp_path, at)
-    first, _ = failures.since(tmp_path, 0.0)
-    assert (first.rank, first.error) == (1, "KeyError")
-    mark = tmp_path / "mark"
-    mark.touch()
-    assert [f.rank for f in failures.since(tmp_path, mark.stat().st_mtime + 1)] == []
+def leave(run: Path, launch: str, rank: int, error: str, *, code: int = 76, lost_peer: bool = False) -> None:
+    at = failures.now(rank, 2, launch, where="train step 3", error=error, code=code, lost_peer=lost_peer)
+    failures.leave(run, at)
 
 
-def test_what_another_job_left_is_not_this_jobs_failure_and_no_failure_counts_once_all_is_well(
+def test_the_failure_that_explains_itself_is_first(tmp_path: Path) -> None:
+    leave(tmp_path, "job/0", 0, "gone", lost_peer=True)
+    leave(tmp_path, "job/0", 1, "KeyError")
+    latest = failures.latest(tmp_path)
+    assert latest is not None and (latest.rank, latest.error) == (1, "KeyError")
+    failures.forget(tmp_path, "job/0")
+    assert failures.latest(tmp_path) is None
+
+
+def test_of_thousands_that_lost_a_peer_a_few_say_so(tmp_path: Path) -> None:
+    for rank in range(20):
+        leave(tmp_path, "job/0", rank, "gone", lost_peer=True)
+    leave(tmp_path, "job/0", 30, "KeyError")
+    first, *others = failures.of_launch(failures.folder_of(tmp_path, "job/0"))
+    assert first.rank == 30 and len(others) == 8
+
+
+def test_only_what_this_life_of_this_job_left_counts_and_nothing_once_all_is_well(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mark = tmp_path / "mark"
+    leave(tmp_path, "slurm-7.0/1", 1, "before the mark", code=2)
+    folder, mark = failures.folder_of(tmp_path, "slurm-7.0/1"), tmp_path / "mark"
     mark.touch()
-    failures.leave(tmp_path, failures.now(0, 2, "slurm-8.0/0", where="start", error="folder at work", code=2, lost_peer=False))
-    failures.leave(tmp_path, failures.now(1, 2, "slurm-7.0/0", where="train step 3", error="gone", code=76, lost_peer=True))
-    assert failures.main(tmp_path, mark, 143, "7") == 76
-    said = capsys.readouterr().err
-    assert "first failure: rank 1 of 2" in said and "one was killed" in said and "at work" not in said
-    assert failures.main(tmp_path, mark, 0, "7") == 0
+    os.utime(folder, (mark.stat().st_mtime - 1,) * 2)
+    leave(tmp_path, "slurm-8.0/1", 0, "folder at work", code=2)
+    leave(tmp_path, "slurm-7.0/0", 0, "an earlier life", code=2)
+    leave(tmp_path, "slurm-7.1/1", 0, "superseded", code=79)
+    leave(tmp_path, "slurm-7.1/1", 1, "gone", lost_peer=True)
+    assert failures.main(tmp_path, mark, 143, "7", "1") == 76
+    said = capsys.readouterr()
+    assert "first failure: rank 1 of 2" in said.err and "one was killed" in said.err and said.out == "76 -\n"
+    assert failures.main(tmp_path, mark, 0, "7", "1") == 0
+    assert failures.main(tmp_path, mark, 75, "7", "2") == 75
+    leave(tmp_path, "slurm-7.1/1", 1, "KeyError")
+    assert failures.main(tmp_path, mark, 143, "7", "1") == 76
+    assert capsys.readouterr().out == f"0 -\n75 -\n76 {socket.gethostname()}\n"
 
 
 def test_a_rank_that_cannot_end_as_asked_leaves_its_stacks(tmp_path: Path) -> None:

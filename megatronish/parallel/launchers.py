@@ -51,6 +51,11 @@ class Place:
     own_gpu: bool = False
     """The launcher shows each rank the one GPU that is its own."""
 
+    @property
+    def launch(self) -> str:
+        """Names this start of the ranks, as well as the launcher does."""
+        return f"{self.run_id}/{self.restart}"
+
     def describe(self) -> str:
         """One line for the log."""
         return (

@@ -84,14 +84,14 @@ def _meet(place: Place, timeout_seconds: float) -> dist.Store:
     host, timeout = place.master[0], datetime.timedelta(seconds=timeout_seconds)
     if place.rank == 0:
         store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-        announce(place.ports, _token(place), store.port)
+        announce(place.ports, place.launch, store.port)
         _wait_for_all(place, store, timeout_seconds)
         return store
     stop = time.monotonic() + timeout_seconds
-    while (port := look_up(host, place.ports, _token(place))) is None:
+    while (port := look_up(host, place.ports, place.launch)) is None:
         if time.monotonic() > stop:
             raise Fault(
-                f"rank {place.rank} finds no rank 0 of {_token(place)} at {host}, ports {place.ports[0]}, {place.ports[1]}, ... in "
+                f"rank {place.rank} finds no rank 0 of {place.launch} at {host}, ports {place.ports[0]}, {place.ports[1]}, ... in "
                 f"{timeout_seconds:g} s: is it running there? Else set MASTER_ADDR to its host and MASTER_PORT to a free port there"
             )
         # Thousands of ranks ask one host, while it imports torch.
@@ -115,13 +115,9 @@ def _wait_for_all(place: Place, store: dist.Store, timeout_seconds: float) -> No
         time.sleep(0.05)
 
 
-def _token(place: Place) -> str:
-    return f"{place.run_id}/{place.restart}"
-
-
 def _own_part(place: Place, store: dist.Store) -> dist.Store:
     """A restarted generation must not read the addresses of the one before (gloo would connect to the dead)."""
-    return dist.PrefixStore(f"megatronish/{_token(place)}", store)
+    return dist.PrefixStore(f"megatronish/{place.launch}", store)
 
 
 def _resolve(place: Place, *, attempts: int = 5) -> None:
@@ -188,7 +184,7 @@ def shared_store(place: Place, *, timeout: datetime.timedelta) -> dist.Store | N
         host, port = place.master
         with contextlib.suppress(OSError, RuntimeError, UnicodeError):
             if place.ports:
-                announced = look_up(host, place.ports, _token(place), timeout_seconds=0.5)
+                announced = look_up(host, place.ports, place.launch, timeout_seconds=0.5)
                 if announced is None:
                     return
                 port = announced
