@@ -20,11 +20,11 @@ def writable(path: Path) -> Path:
     return path
 
 
-def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any], *, advice: str = "name another file") -> None:
     """Whole or not at all. UserError, or Fault (errors.disk_error), if the file cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise disk_error(error.errno)(f"{path}: cannot be written ({error.strerror})") from None
+        raise disk_error(error.errno)(f"{path}: cannot be written ({error.strerror}); {advice}") from None

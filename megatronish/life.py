@@ -23,6 +23,7 @@ from megatronish.json_file import write_json
 from megatronish.observe.post_mortem import state_of_process
 
 FILE_NAME = "life.json"
+_ADVICE = "free space, or change run_root"
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 10.0
 
@@ -49,7 +50,9 @@ class Life:
                 f"{before.get('host')}; end that first, or use another name"
             )
         process = {"host": socket.gethostname(), "pid": os.getpid(), "started": state_of_process(os.getpid())[1]}
-        write_json(self.path, {"token": self.token, "job": self._job, "order": self._order, **process, "time": time.time()})
+        write_json(
+            self.path, {"token": self.token, "job": self._job, "order": self._order, **process, "time": time.time()}, advice=_ADVICE
+        )
         self._thread.start()
         return self
 
@@ -58,7 +61,7 @@ class Life:
         self._thread.join(timeout=10.0)
         if self.is_current():
             with contextlib.suppress(UserError):  # a disk that fails hides no other error
-                write_json(self.path, {**(_read(self.path) or {}), "ended": time.time()})
+                write_json(self.path, {**(_read(self.path) or {}), "ended": time.time()}, advice=_ADVICE)
 
     def is_current(self) -> bool:
         """Whether no other life has begun."""

@@ -34,7 +34,7 @@ _LOST_PEER = re.compile(
     r"|ncclRemoteError|remote process exited|communicator was aborted|Connection refused|failed to (recv|send), got",
     re.IGNORECASE,
 )
-_REPORTED = "reported"
+_REPORTED, _FAILED = "reported", "failed"
 
 
 class Board(Protocol):
@@ -90,6 +90,8 @@ class RankGuard:
         who = f"rank {self.place.rank} of {self.place.world_size}"
         board: Board | None = shared_store(self.place, timeout=datetime.timedelta(seconds=2))
         try:
+            if board is not None:
+                board.add(_FAILED, 1)
             if reason := lost_peer(error):
                 if board is None or not board.check([_REPORTED]):
                     _print(f"{who} lost a peer: {reason}")
@@ -99,6 +101,7 @@ class RankGuard:
                 if board.add(topic, 1) == 1:
                     _print(_error_lines(error) if for_user else f"{who} failed:\n{_full_text(error)}")
                     board.set(_REPORTED, "1")
+                    self._serve_others(board)
                     return code
             else:
                 if self.place.rank > 0:
@@ -109,6 +112,15 @@ class RankGuard:
             _print(f"{who} failed:\n{_full_text(error)}")
         self._wait(self._linger_seconds)
         return code
+
+    def _serve_others(self, board: Board) -> None:
+        """Where this rank serves the store: those that fail as well, and at the same time, must still find it."""
+        stop = time.monotonic() + self._linger_seconds
+        while self.place.rank == 0 and not self.place.agent_serves and time.monotonic() < stop:
+            if board.add(_FAILED, 0) >= self.place.world_size:
+                self._wait(self._linger_seconds / 10)  # the last has yet to ask who speaks
+                return
+            self._wait(self._linger_seconds / 50)
 
     def _leave_reason(self, error: Exception) -> None:
         """For the launcher, and for `megatronish status`."""

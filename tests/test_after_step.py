@@ -11,7 +11,7 @@ import pytest
 
 from megatronish.trainer import StepResult, Trainer
 from tests.ranks import ranks
-from tests.small_run import assert_same_bits, losses, megatronish, saved_tensors, write_run
+from tests.small_run import assert_same_bits, forked, losses, megatronish, saved_tensors, write_run
 from tests.test_resume import train_life, train_rank
 
 CONSTANT = {"schedule": "constant"}
@@ -71,6 +71,16 @@ def test_what_was_asked_before_the_start_is_removed_and_said(config: Path, tmp_p
     stderr = train_life(config)
     assert stderr.count("it was there before this start") == 2
     assert steps_saved(run) == [20] and not (run / "STOP").exists() and not (run / "SAVE").exists()
+
+
+def test_a_stop_that_was_asked_between_two_lives_of_a_job_still_holds(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/tiny"
+    run.mkdir(parents=True)
+    (run / "STOP").touch()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    life = forked("train", str(config), TORCHELASTIC_RUN_ID="r", TORCHELASTIC_RESTART_COUNT="1", **alone)
+    assert life.returncode == 0 and "stopped after step 1 of 20, as RUN/STOP asked" in life.stderr, life.stderr
+    assert steps_saved(run) == [1] and not (run / "STOP").exists()
 
 
 def evaluations(run: Path) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,21 @@ def test_bad_input_of_all_ranks_is_said_once(board: FakeBoard, capsys: pytest.Ca
 def test_different_bad_input_is_all_said(board: FakeBoard, capsys: pytest.CaptureFixture[str]) -> None:
     fail_one_after_another({0: UserError("a"), 1: UserError("b"), 2: UserError("a")})
     assert capsys.readouterr().err == "error: a\nerror: b\n"
+
+
+def test_the_rank_that_serves_the_store_stays_until_the_others_have_asked(board: FakeBoard) -> None:
+    begun, failed = time.monotonic(), []
+
+    def wait(seconds: float) -> None:
+        # Another rank fails while this one waits.
+        failed.append(board.add("failed", 1) if len(failed) < 3 else 0)
+
+    with pytest.raises(SystemExit), RankGuard(Place("tests", rank=0, world_size=4), linger_seconds=100.0, wait=wait):
+        raise UserError("a")
+    assert board.values["failed"] == 4 and time.monotonic() < begun + 50
+    launcher_serves = Place("tests", rank=0, world_size=9, agent_serves=True)
+    with pytest.raises(SystemExit), RankGuard(launcher_serves, wait=lambda _: pytest.fail("waited")):
+        raise UserError("b")
 
 
 def test_the_rank_that_fails_first_has_the_only_traceback(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.small_run import clean_environment
+from megatronish.parallel.launchers import free_port
+from tests.small_run import clean_environment, descendants, losses, wait_until, wait_until_ended, write_run
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(
@@ -45,6 +48,29 @@ def test_too_few_arguments_are_answered_with_the_usage(script: str, arguments: l
     done = subprocess.run(["bash", script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("usage: ") and "CONFIG" in line
+
+
+def test_torchruns_script_hands_signals_to_the_ranks(tmp_path: Path) -> None:
+    config, run = write_run(tmp_path, train={"steps": 100_000}, checkpoint={"interval": None}), tmp_path / "runs/tiny"
+    command = ["launch/torchrun/run.sh", "1", "2", "localhost", str(config), "parallel.tensor=2"]
+    environment = clean_environment(PYTHON=sys.executable, RDZV_PORT=str(free_port()), RDZV_ID=tmp_path.name)
+    with open(tmp_path / "log", "wb") as log:
+        script = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def step() -> int:
+        return max(losses(run), default=0) if (run / "metrics.jsonl").exists() else 0
+
+    wait_until(lambda: step() > 0, seconds=200, what="a step")
+    processes = descendants(script.pid)
+    assert len(processes) >= 3
+    script.send_signal(signal.SIGUSR2)
+    wait_until(lambda: len(list((run / "post_mortem").glob("rank-*.json"))) == 2, seconds=60, what="what ranks are doing")
+    before = step()
+    wait_until(lambda: step() > before, seconds=60, what="another step")
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(timeout=200) == 1  # torchrun's, whatever its ranks end with
+    wait_until_ended(processes, seconds=30)
+    assert (run / f"checkpoints/step-{step():08d}").is_dir(), (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
