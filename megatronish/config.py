@@ -107,8 +107,11 @@ class ParallelConfig(Section):
     then travel once a microbatch instead of once a step; 3, with zero_engine=deepspeed: of the parameters too."""
     zero_engine: Literal["native", "deepspeed"] = "native"
     """Whose optimizer, gradients and ZeRO: ours, or DeepSpeed's engine around the same model and tensor ranks (no pipeline)."""
-    offload: Literal["none", "cpu"] = "none"
-    """zero_engine=deepspeed only. cpu: optimizer state and its update on the host (Ren et al. 2021)."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """zero_engine=deepspeed only. cpu: optimizer state and its update on the host (Ren et al. 2021); nvme, with zero_stage=3: state
+    on a disk, brought to the host for its update (Rajbhandari et al. 2021)."""
+    offload_path: Text | None = None
+    """offload=nvme only: a folder on a fast disk of each node. There is none that fits every machine, so it must be given."""
     deepspeed_config: Text | None = None
     """zero_engine=deepspeed only: a DeepSpeed JSON whose further settings are taken over; what contradicts this config is an error.
     What the engine gets is written to RUN/ds_config.json."""

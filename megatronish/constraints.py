@@ -483,6 +483,27 @@ ENGINE = (
         "remove optim.grad_reduce_dtype",
     ),
     Constraint(
+        name="parallel.offload=nvme needs parallel.zero_stage=3",
+        keys=("parallel.offload", "parallel.zero_stage"),
+        applies=lambda c: c.parallel.offload == "nvme",
+        holds=lambda c: c.parallel.zero_stage == 3,
+        message=lambda c: (
+            f"parallel.offload=nvme with parallel.zero_stage={c.parallel.zero_stage}; set parallel.zero_stage to 3, or "
+            f"parallel.offload to cpu"
+        ),
+    ),
+    Constraint(
+        name="parallel.offload_path goes with parallel.offload=nvme",
+        keys=("parallel.offload_path", "parallel.offload"),
+        holds=lambda c: (c.parallel.offload_path is not None) == (c.parallel.offload == "nvme"),
+        message=lambda c: (
+            "parallel.offload=nvme needs parallel.offload_path; give a folder on a local disk of each node"
+            if c.parallel.offload == "nvme"
+            else f"parallel.offload_path={c.parallel.offload_path} with parallel.offload={c.parallel.offload}; "
+            f"set parallel.offload to nvme, or remove parallel.offload_path"
+        ),
+    ),
+    Constraint(
         name="parallel.zero_stage=3 and parallel.recompute",
         keys=("parallel.recompute", "parallel.zero_stage"),
         applies=lambda c: c.parallel.zero_engine == "deepspeed" and c.parallel.zero_stage == 3,

@@ -18,7 +18,9 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from megatronish.comm import Group, all_reduce
 from megatronish.comm.groups import communicator
 from megatronish.comm.host import read_scalar, read_values
 from megatronish.config import Config
+from megatronish.deepspeed_nvme import SwapFolder, add_scripts_to_path
 from megatronish.deepspeed_settings import engine_settings
 from megatronish.layout import ParamLayout, Rectangle
 from megatronish.optim.buckets import Bucket, decays
@@ -147,6 +150,9 @@ class EngineOptimizer:
     def __init__(self, config: Config, mesh: Mesh, cut: Cut) -> None:
         self.config, self.mesh, self._cut = config, mesh, cut
         self.settings = engine_settings(config, mesh.shape.num_ranks)
+        if config.parallel.offload_path is not None:
+            self._swap_folder = SwapFolder(Path(config.parallel.offload_path), num_bytes=self.state_bytes())
+            self.settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(self._swap_folder.path)
         self.engine: Any = None
         self._zero: Any = None
         """The engine's own optimizer; it is asked for its norm, and given it."""
@@ -169,8 +175,10 @@ class EngineOptimizer:
                 if ("master", name) in self._loaded:
                     parameter.copy_(self._loaded["master", name].view_as(parameter))
         self._create()
-        for (state, name), values in self._loaded.items():
-            self._set(self.parameters.by_name[name], state, values)
+        for name in self._in_turn({name: None for _, name in self._loaded}, then="write"):
+            for state in STATES:
+                if (state, name) in self._loaded:
+                    self._set(self.parameters.by_name[name], state, self._loaded[state, name])
         self._loaded = {}
 
     def _create(self) -> None:
@@ -183,6 +191,8 @@ class EngineOptimizer:
             groups[0 if decays(placement) else 1]["params"].append(parameter)
             # Else the norm counts a shard on tp rank 0 only, as it does a replica.
             parameter.model_parallel = placement.shard_dim is not None  # type: ignore[attr-defined]
+        if self.config.parallel.offload == "nvme":
+            self._swap_folder.release_reserve()
         self.engine, *_ = deepspeed.initialize(
             model=self._cut.model,
             model_parameters=[group for group in groups if group["params"]],
@@ -194,10 +204,16 @@ class EngineOptimizer:
         norm, slices = _TAKEN[self._is_stage_3]
         self._its_norm = getattr(self._zero, norm)
         setattr(self._zero, norm, self._given_norms if self._is_stage_3 else self._given_norm)
+        if self.config.parallel.offload == "nvme":
+            self._zero.optimizer_swapper.swap_out_gradients = self._keep_gradients
         # Before the first update there is no state: a checkpoint could be neither loaded nor saved.
-        for flat in getattr(self._zero, slices):
+        for index, flat in enumerate(getattr(self._zero, slices)):
+            if self._is_swapped(index):
+                self._zero._optimizer_states_and_gradient_swap_in(index)
             zeros = {state: torch.zeros_like(flat) for state in STATES[1:]}
             self._zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
+            if self._is_swapped(index):
+                self._zero._optimizer_states_and_gradient_swap_out(index)
         if not self._is_stage_3:
             self._zero._lazy_init_hp_params_optimizer_state()
 
@@ -211,6 +227,10 @@ class EngineOptimizer:
     @property
     def _is_stage_3(self) -> bool:
         return self.config.parallel.zero_stage == 3
+
+    def _is_swapped(self, group: int) -> bool:
+        """Whether the state of a group of stage 3 is on disk. What is under 1 MiB, or aio.block_size, stays in memory."""
+        return self._is_stage_3 and self._zero._swappable_optimizer_subgroup(group)
 
     # A step.
 
@@ -275,6 +295,12 @@ class EngineOptimizer:
     def _given_norms(self) -> list[Any]:
         return [self._norm]
 
+    def _keep_gradients(self, parameter: Tensor, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
+        """In the place of the engine's way with a group's gradients: it reads them from disk to addresses that direct I/O refuses
+        where 512 bytes do not divide them, and takes what stands there for what it has read."""
+        kept = self._zero.optimizer_swapper.swap_params_info[parameter.ds_id].unswapped_gradients  # type: ignore[attr-defined]
+        kept.update((at, given.cpu()) for at, given in zip(gradient_offsets, gradient_tensors, strict=True))
+
     def ensure_parameters(self, names: Iterable[str] | None = None) -> None:
         """The engine gathers what a forward needs by itself."""
 
@@ -286,13 +312,14 @@ class EngineOptimizer:
         dp = self.mesh.groups["dp"]
         found: dict[tuple[str, str, Rectangle], Tensor] = {}
         at = {"tp_rank": self.mesh.index("tp"), "dp_rank": dp.index, "dp_size": dp.size}
+        pieces: dict[str, list[tuple[Rectangle, int]]] = {}
         for bucket in self.parameters.buckets:
-            pieces = _by_parameter(bucket, *bucket.owned_range(dp.index, dp.size))
-            for slot in bucket.slots:
-                for state in STATES:
-                    whole = self._get(self.parameters.by_name[slot.name], state).flatten()
-                    for box, start in pieces.get(slot.name, ()):
-                        found[state, slot.name, box] = whole[start : start + box.num_elements].clone()
+            pieces |= _by_parameter(bucket, *bucket.owned_range(dp.index, dp.size))
+        for name in self._in_turn((slot.name for bucket in self.parameters.buckets for slot in bucket.slots), then="drop"):
+            for state in STATES:
+                whole = self._get(self.parameters.by_name[name], state).flatten()
+                for box, start in pieces.get(name, ()):
+                    found[state, name, box] = whole[start : start + box.num_elements].clone()
         for key in saved_boxes(self.parameters.buckets, **at):
             yield *key, found[key]
 
@@ -304,8 +331,37 @@ class EngineOptimizer:
                     self._loaded[state, slot.name] = torch.empty(slot.local_box.num_elements)
                     yield state, slot.name, slot.local_box, self._loaded[state, slot.name]
 
+    def _in_turn(self, names: Iterable[str], *, then: Literal["drop", "write"]) -> Iterator[str]:
+        """`names`, in the same order on all ranks, which reads each group of parameters from disk once; while a name is out, its
+        state is in memory."""
+        if not self._is_stage_3:
+            yield from names
+            return
+        for group, members in groupby(sorted(names, key=self._group_of), key=self._group_of):
+            if self._is_swapped(group):
+                self._zero._optimizer_states_and_gradient_swap_in(group)
+            yield from members
+            if self._is_swapped(group):
+                finish = self._zero._release_swap_buffers if then == "drop" else self._zero._optimizer_states_and_gradient_swap_out
+                finish(group)
+
+    def _group_of(self, name: str) -> int:
+        """Of stage 3: what it updates, and reads from disk, at once."""
+        group: int = self._zero.grad_position[self._zero.get_param_id(self.parameters.by_name[name])][0]
+        return group
+
+    def _slice(self, parameter: nn.Parameter, state: str) -> Tensor:
+        """Of stage 3: this rank's share of the state, which is in memory."""
+        group, start, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        master = self._zero.fp32_partitioned_groups_flat[group]
+        flat: Tensor = master if state == "master" else self._zero.optimizer.state[master][state]
+        return flat.data.narrow(0, start, size)
+
     def _get(self, parameter: nn.Parameter, state: str) -> Tensor:
         """The whole state of this tp rank's part. Collective over the data ranks."""
+        if self._is_stage_3:
+            gathered: Tensor = self._zero._fp32_state_allgather(parameter, self._slice(parameter, state))
+            return gathered
         utils = importlib.import_module("deepspeed.utils")
         if state == "master":
             whole: Tensor = utils.safe_get_full_fp32_param(parameter)
@@ -315,17 +371,16 @@ class EngineOptimizer:
 
     def _set(self, parameter: nn.Parameter, state: str, values: Tensor) -> None:
         """Give this rank its slice of `values`, the whole state, flat."""
-        utils, dp = importlib.import_module("deepspeed.utils"), self.mesh.groups["dp"]
-        key = () if state == "master" else (state,)
-        if not self._is_stage_3:
-            act = utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param
-            act(parameter, values.view(parameter.shape), *key)
+        if self._is_stage_3:
+            mine, index = self._slice(parameter, state), self.mesh.groups["dp"].index
+            given = values[mine.numel() * index : mine.numel() * (index + 1)]
+            mine[: given.numel()].copy_(given)  # the last slices may reach over the end
             return
-        # Slices are equal, so the last ones reach over the end.
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = nn.functional.pad(values, (0, size * dp.size - values.numel()))
-        act = utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param
-        act(parameter, padded[size * dp.index : size * (dp.index + 1)], *key)
+        utils = importlib.import_module("deepspeed.utils")
+        if state == "master":
+            utils.safe_set_full_fp32_param(parameter, values.view(parameter.shape))
+        else:
+            utils.safe_set_full_optimizer_state(parameter, values.view(parameter.shape), state)
 
     def state_bytes(self) -> int:
         """Bytes of this rank's master weights and moments, without padding."""
@@ -386,4 +441,5 @@ def import_deepspeed(mesh: Mesh) -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On CPU it would compile its own collectives over shared memory at the first start, for minutes; gloo's are there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    add_scripts_to_path()
     return deepspeed

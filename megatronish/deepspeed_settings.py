@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatronish.config import Config
+from megatronish.deepspeed_nvme import check_async_io
 from megatronish.errors import UserError
 from megatronish.json_file import write_json
 
@@ -32,6 +33,7 @@ DECIDED_BY = {
     "optimizer.params.weight_decay": "optim.weight_decay",
     "zero_optimization.stage": "parallel.zero_stage",
     "zero_optimization.offload_optimizer.device": "parallel.offload",
+    "zero_optimization.offload_optimizer.nvme_path": "parallel.offload_path",
     "bf16.enabled": "train.dtype",
     "fp16.enabled": "train.dtype",
 }
@@ -74,7 +76,7 @@ PASSED_ON_OF_ZERO = (
 )
 """The same within zero_optimization. Quantized communication, ZenFlow and the like compute other numbers."""
 
-PASSED_ON_OF_OFFLOAD = ("pin_memory",)
+PASSED_ON_OF_OFFLOAD = ("buffer_count", "pin_memory")
 
 ELSEWHERE = {
     "scheduler": "the learning rate follows optim.schedule",
@@ -107,6 +109,8 @@ def check_engine(config: Config, world_size: int | None) -> None:
             "parallel.zero_engine=deepspeed, but the package deepspeed is not installed: pip install 'megatronish[deepspeed]', or "
             "set parallel.zero_engine to native"
         )
+    if config.parallel.offload == "nvme":
+        check_async_io()
     given = read_given(config)
     if world_size is None and config.parallel.data is None:
         given.pop("gradient_accumulation_steps", None)
@@ -125,13 +129,14 @@ def require_native(config: Config, command: str) -> None:
     if config.parallel.zero_engine != "native":
         raise UserError(
             f"parallel.zero_engine={config.parallel.zero_engine}: {command} knows our own engine only; set parallel.zero_engine to "
-            f"native, parallel.zero_stage to at most 2, and remove parallel.offload and parallel.deepspeed_config"
+            f"native, parallel.zero_stage to at most 2, and remove parallel.offload, offload_path and deepspeed_config"
         )
 
 
 def settings_of(config: Config, world_size: int) -> dict[str, Any]:
     """The settings that follow from our config alone."""
     optim, train, parallel = config.optim, config.train, config.parallel
+    offload = {"device": parallel.offload, **({"nvme_path": parallel.offload_path} if parallel.offload == "nvme" else {})}
     return {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -150,7 +155,7 @@ def settings_of(config: Config, world_size: int) -> dict[str, Any]:
                 "fused": True,
             },
         },
-        "zero_optimization": {"stage": parallel.zero_stage, "offload_optimizer": {"device": parallel.offload}},
+        "zero_optimization": {"stage": parallel.zero_stage, "offload_optimizer": offload},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": False},
@@ -201,6 +206,8 @@ def conflicts(ours: Mapping[str, Any], given: Mapping[str, Any], at: str = "") -
         elif name in ours:
             if value != "auto" and not _equal(value, ours[name]):
                 yield _conflict(path, value, ours[name])
+        elif path == "zero_optimization.offload_param" and isinstance(value, Mapping) and value.get("device") == "nvme":
+            yield f'{path}.device="nvme" is not taken over: parallel.offload=nvme moves optimizer state; make it "cpu" or remove it'
         elif name not in allowed.get(at, ()):
             yield _not_taken_over(path, name, [*ours, *allowed.get(at, ())])
 

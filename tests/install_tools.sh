@@ -1,5 +1,5 @@
 #!/bin/sh
-# What tests use besides Python, where it can be had: a browser for the pages; Slurm, Open MPI, sshd, pdsh and shellcheck for launch/.
+# What tests use besides Python, where it can be had: a browser for the pages; Slurm, Open MPI, sshd, pdsh and shellcheck for launch/; libaio.
 # Quick if it is there; never fails: a test that lacks its tool skips itself and says so.
 has() {
     for name in "$@"; do
@@ -16,6 +16,7 @@ has mpirun || missing="$missing openmpi-bin"
 has pdsh || missing="$missing pdsh"
 has sshd /usr/sbin/sshd || missing="$missing openssh-server"
 has shellcheck || missing="$missing shellcheck"
+[ -e /usr/include/libaio.h ] || missing="$missing libaio-dev"
 [ -n "$missing" ] || exit 0
 [ "$(id -u)" = 0 ] && has apt-get || exit 0
 export DEBIAN_FRONTEND=noninteractive

@@ -340,6 +340,16 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("bfloat16", "zero_engine to native"),
     ),
+    "parallel.offload=nvme needs parallel.zero_stage=3": (
+        {"parallel": {"zero_engine": "deepspeed", "zero_stage": 2, "offload": "nvme", "offload_path": "/disk"}},
+        None,
+        ("parallel.zero_stage=2", "parallel.offload to cpu"),
+    ),
+    "parallel.offload_path goes with parallel.offload=nvme": (
+        {"parallel": {"zero_engine": "deepspeed", "zero_stage": 3, "offload": "nvme"}},
+        None,
+        ("needs parallel.offload_path",),
+    ),
     "parallel.zero_stage=3 and parallel.recompute": (
         {"parallel": {"zero_engine": "deepspeed", "zero_stage": 3, "recompute": "selective"}},
         None,

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from megatronish import checkpointing
 from megatronish.assemble import Assembly, assemble, draw_weights, mesh_shape
@@ -58,10 +60,32 @@ def count_modules_anew() -> None:
     importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init.param_id = 0
 
 
+def compiled_async_io() -> None:
+    """Skip where DeepSpeed would have to compile its asynchronous I/O: 10 minutes of one core."""
+    pytest.importorskip("deepspeed")
+    built = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    if not any(Path(built).glob("*/async_io/async_io.so")):
+        pytest.skip(f"DeepSpeed's async_io is not compiled in {built}; launch/README.md has the command")
+
+
+def swap_small_tensors() -> None:
+    """What is under 1 MiB stays in memory, whatever aio.block_size is: all of a small model."""
+    importlib.import_module("deepspeed.runtime.swap_tensor.optimizer_utils").MIN_AIO_BYTES = 4096
+
+
+def nvme(folder: Path) -> dict[str, Any]:
+    """Sections of `parallel` that swap even a small model, in several groups."""
+    path = folder / "ds.json"
+    path.write_text(json.dumps({"aio": {"block_size": 4096}, "zero_optimization": {"sub_group_size": 5000}}))
+    return {"zero_stage": 3, "offload": "nvme", "offload_path": str(folder / "disk"), "deepspeed_config": str(path)}
+
+
 def build(config: Config, mesh: Mesh, checkpoints: Path | None = None) -> Assembly:
     """A run with weights drawn, or loaded."""
     if config.parallel.zero_stage == 3:
         count_modules_anew()
+    if config.parallel.offload == "nvme":
+        swap_small_tensors()
     run = assemble(config, mesh, SlicedBatches(config, mesh))
     if checkpoints is not None:
         assert checkpointing.load_newest(run, checkpoints, log=print) is not None
@@ -83,6 +107,9 @@ class Seen:
 
     scalars: dict[str, list[tuple[float, float]]]
     """(loss, gradient norm) of each step."""
+    swapped: int = 0
+    """Bytes on disk after the first run."""
+    state_bytes: int = 0
 
 
 def train_both(rank: int, case: Case, parallel: dict[str, Any], folder: Path) -> Seen:
@@ -104,6 +131,9 @@ def train_both(rank: int, case: Case, parallel: dict[str, Any], folder: Path) ->
         run = build(config, mesh)
         dry_batch(run, 1)  # its gradients must be gone
         go_on(run, engine, 1)
+        if config.parallel.offload == "nvme":
+            seen.swapped = sum(path.stat().st_size for path in run.optimizer._swap_folder.path.rglob("*.swp"))
+            seen.state_bytes = run.optimizer.state_bytes()
     for engine, other in (("native", "deepspeed"), ("deepspeed", "native")):
         go_on(build(configs[engine], mesh, folder / other), f"{engine} after {other}", SAVED + 1)
     return seen
@@ -124,14 +154,22 @@ def saved(folder: Path) -> dict[str, Tensor]:
         (Case(tp=2), {"zero_stage": 1, "offload": "cpu"}),
         (Case(tp=2, dp=2), {"zero_stage": 2}),
         (Case(tp=2, dp=2), {"zero_stage": 3, "offload": "cpu"}),
+        (Case(dp=2), {"offload": "nvme"}),
+        (Case(tp=2, dp=2), {"offload": "nvme"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value.layout,
 )
 def test_deepspeed_engine_equals_ours_and_each_goes_on_from_the_other(case: Case, parallel: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     case = replace(case, dtype="float32", num_microbatches=2)
+    if parallel.get("offload") == "nvme":
+        compiled_async_io()
+        parallel = nvme(tmp_path)
     for seen in ranks(case.world_size).run(train_both, case, parallel, tmp_path):
         native = seen.scalars["native"]
+        if parallel.get("offload") == "nvme":
+            # Master weights and two moments, but for the groups that are under 4 KiB.
+            assert seen.swapped > 0.8 * seen.state_bytes
         for name, scalars in seen.scalars.items():
             for (loss, norm), (wanted_loss, wanted_norm) in zip(scalars, native[-len(scalars) :], strict=True):
                 assert abs(loss - wanted_loss) < LOSS_TOLERANCE, name
