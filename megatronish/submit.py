@@ -71,7 +71,23 @@ class Request:
             if not option.startswith("--") or not re.fullmatch(r"[a-z][a-z-]*", key) or "\n" in value:
                 raise UserError(f"--sbatch {option}: must be a long option of sbatch such as --reservation=NAME")
             found[key] = value if equals else None
+        if (seconds := seconds_of(self.time)) is not None and seconds < 4 * SIGNAL_SECONDS:
+            found.setdefault("signal", f"B:USR1@{max(60, seconds // 4)}")
         return found
+
+
+SIGNAL_SECONDS = 600
+"""So long before its time limit the template lets a job be told."""
+
+
+def seconds_of(limit: str) -> int | None:
+    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None for one that has no number, such as UNLIMITED."""
+    days, dash, rest = limit.rpartition("-")
+    numbers = rest.split(":")
+    if len(numbers) > 3 or not all(number.isdecimal() for number in [*numbers, *([days] if dash else [])]):
+        return None
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    return int(days or 0) * 86_400 + sum(unit * int(number) for unit, number in zip(units, numbers, strict=False))
 
 
 def main(config_path: str, overrides: list[str], request: Request) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatronish import failures
-from megatronish.errors import Superseded, UserError, code_of_job
+from megatronish.errors import Superseded, UserError, code_of_job, disk_error, exit_code_of
 from megatronish.life import Life
 from tests.small_run import (
     descendants,
@@ -102,6 +103,10 @@ def test_a_life_on_another_host_is_alive_while_it_beats(tmp_path: Path) -> None:
 )
 def test_the_reason_that_one_rank_gives_is_the_jobs(codes: list[int], code: int) -> None:
     assert code_of_job(codes) == code
+
+
+def test_what_may_pass_is_a_fault_and_what_somebody_must_change_is_not() -> None:
+    assert exit_code_of(disk_error(errno.EIO)("")) == 76 and exit_code_of(disk_error(errno.ENOSPC)("")) == 2
 
 
 def leave(run: Path, launch: str, rank: int, error: str, *, code: int = 76, lost_peer: bool = False) -> None:

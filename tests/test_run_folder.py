@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatronish import run_folder
 from megatronish.config_loader import load_config
 from megatronish.errors import UserError
 from megatronish.run_folder import RunFolder
@@ -64,3 +65,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(in_the_way: str, tmp_path: Pat
         RunFolder.of(config).prepare(config)
     (line,) = str(caught.value).splitlines()
     assert "cannot write the run folder" in line and "run_root" in line
+
+
+def test_a_copy_of_the_code_knows_its_commit_whatever_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "megatronish").mkdir()
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "megatronish/run_folder.py"))
+    assert run_folder.commit_of_code() is None
+    (tmp_path / "COMMIT").write_text("abc+changes\n")
+    assert run_folder.commit_of_code() == "abc+changes"

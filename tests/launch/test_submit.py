@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatronish.errors import UserError
-from megatronish.submit import Request, find_template, render
+from megatronish.submit import Request, find_template, render, seconds_of
 from tests.launch.cluster import Cluster
 from tests.small_run import error_lines, megatronish
 
@@ -18,6 +18,22 @@ from tests.small_run import error_lines, megatronish
 def submit(cluster: Cluster, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = (sys.executable, "-m", "megatronish", "submit", *arguments, "--no-preflight", "--dry-run")
     return cluster.command(*command, cwd=root, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("10", 600), ("1:30", 90), ("24:00:00", 86_400), ("1-0", 86_400), ("2-3:4", 183_840), ("0-0:10:5", 605), ("UNLIMITED", None)],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(limit: str, seconds: int | None) -> None:
+    assert seconds_of(limit) == seconds
+
+
+def test_a_short_job_is_told_in_its_last_quarter_and_not_at_its_start() -> None:
+    def signal(time: str, *options: str) -> str | None:
+        return Request(1, time=time, options=options).directives("a", Path("log")).get("signal")
+
+    assert signal("10:00") == "B:USR1@150" and signal("1") == "B:USR1@60" and signal("24:00:00") is None
+    assert signal("10:00", "--signal=B:USR1@30") == "B:USR1@30"
 
 
 def test_values_replace_the_templates_and_new_ones_are_added(tmp_path: Path) -> None:
