@@ -186,7 +186,7 @@ def test_a_signal_to_the_launcher_saves_all_ranks_and_the_same_command_goes_on(t
         wait_until(lambda: step() > last, seconds=200, what="a step of this life")  # noqa: B023 (called at once)
         processes = descendants(launcher.pid)
         launcher.send_signal(number)
-        assert launcher.wait(timeout=100) == 75, (tmp_path / "stderr").read_text()
+        assert launcher.wait(timeout=240) == 75, (tmp_path / "stderr").read_text()
         wait_until_ended(processes, seconds=30)
         assert step() > last and (run / f"checkpoints/step-{step():08d}").is_dir()
         last = step()
