@@ -36,8 +36,8 @@ def world_size_of(config: Config) -> int:
 
 
 def corner_ranks(config: Config) -> list[int]:
-    """Of the first, the middle and the last stage the first rank and the last, which differ in tp and data rank. `make full-width`
-    runs every rank of a job."""
+    """Of the first, the middle and the last stage the first rank and the last, which differ in tp and data rank. `megatronish
+    preflight CONFIG --all-ranks` runs every rank."""
     shape = mesh_shape(config, world_size_of(config))
     stages = sorted({0, shape.pp // 2, shape.pp - 1})
     corners = [{"dp": 0, "tp": 0}, {"dp": shape.dp - 1, "tp": shape.tp - 1}]
