@@ -18,7 +18,7 @@ import megatronish
 from megatronish.errors import FAULT, RunStopped, UserError, exit_code_of
 
 if TYPE_CHECKING:
-    from megatronish.config import Config
+    pass
 
 # Without rich markup the help needs no rich: a third of the time.
 OPTIONS: dict[str, Any] = {
@@ -86,7 +86,8 @@ def check_config(
     missing = resolved.data.missing_files()
     if not missing and resolved.data.order == "permutation":  # the other order writes an index
         importlib.import_module("megatronish.surroundings").open_datasets(resolved)
-    typer.echo(f"{config}: ok: {_summary(resolved, world)}")
+    summary = importlib.import_module("megatronish.config_summary").summary(resolved, world)
+    typer.echo(f"{config}: ok: {summary}")
     if missing:
         typer.echo(f"not looked at, since they are not here: {', '.join(missing)}")
 
@@ -376,31 +377,6 @@ def _sub_app(module: str, context: typer.Context) -> None:
     """Run the typer app `app` of `module` on the arguments after the verb."""
     sub_app = importlib.import_module(module).app
     typer.main.get_command(sub_app).main(args=context.args, prog_name=context.command_path)
-
-
-def _short(number: float) -> str:
-    scale, letter = next(((s, x) for s, x in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if number >= s), (1.0, ""))
-    return f"{number / scale:.4g}{letter}"
-
-
-def _summary(config: Config, world: int | None) -> str:
-    formulas = importlib.import_module("megatronish.formulas")
-    parallel, tokens = config.parallel, config.train.global_batch_size * config.data.sequence_length
-    ramp = "" if config.train.batch_ramp is None else f" after a ramp from {config.train.batch_ramp.start} samples"
-    facts = [
-        f"{_short(formulas.num_parameters(config.model))} parameters",
-        f"{config.num_steps:,} steps of {tokens:,} tokens{ramp}",
-    ]
-    if world is None and parallel.data is not None:
-        world = parallel.tensor * parallel.pipeline * parallel.data
-    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data"
-    if world is None:
-        return ", ".join([f"{layout} any", *facts])
-    microbatches = config.num_microbatches(world)
-    timeline = importlib.import_module("megatronish.pipeline.timeline")
-    idle = timeline.idle_of(parallel.schedule, parallel.pipeline, microbatches, num_chunks=parallel.num_chunks)
-    facts.append(f"{microbatches} microbatches, {idle:.1%} idle in the pipeline")
-    return ", ".join([f"{world:,} ranks = {layout} {config.data_parallel_size(world)}", *facts])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A run as frozen pydantic models, one section a class. Derived values are properties; nothing here reads files or ranks.
 
-`config_loader.py` fills these from YAML, `constraints.py` relates the fields to each other and to the number of ranks.
+`config_loader.py` fills these from YAML, `constraints/` relates the fields to each other and to the number of ranks.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ModelConfig(Section):
 
     @property
     def head_size(self) -> int:
-        """K = D / H (constraints.py refuses a remainder)."""
+        """K = D / H (constraints/ refuses a remainder)."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -299,7 +299,7 @@ class Config(Section):
         """Steps of the whole run, from `steps` or `tokens`."""
         if self.train.steps is not None:
             return self.train.steps
-        assert self.train.tokens is not None, "constraints.py refuses a config with neither"
+        assert self.train.tokens is not None, "constraints/ refuses a config with neither"
         return self.batch_schedule.steps_for(-(-self.train.tokens // self.data.sequence_length))
 
     @property
@@ -308,9 +308,9 @@ class Config(Section):
         return BatchSchedule.of(self.train.global_batch_size, self.train.batch_ramp)
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas in a world of `world_size` ranks (constraints.py refuses a remainder)."""
+        """Replicas in a world of `world_size` ranks (constraints/ refuses a remainder)."""
         return self.parallel.data or world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     def num_microbatches(self, world_size: int) -> int:
-        """Microbatches of one rank in one step, after a ramp of the batch size (constraints.py refuses a remainder)."""
+        """Microbatches of one rank in one step, after a ramp of the batch size (constraints/ refuses a remainder)."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))

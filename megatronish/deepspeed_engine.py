@@ -13,8 +13,6 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-import os
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -26,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from megatronish.batch import Batch
-from megatronish.comm import Group, all_reduce
-from megatronish.comm.groups import communicator
+from megatronish.comm import all_reduce
 from megatronish.comm.host import read_scalar, read_values
 from megatronish.config import Config
-from megatronish.deepspeed_nvme import SwapFolder, add_scripts_to_path
+from megatronish.deepspeed_nvme import SwapFolder
+from megatronish.deepspeed_package import LOGGER, Places, import_deepspeed
 from megatronish.deepspeed_settings import engine_settings
 from megatronish.layout import ParamLayout, Rectangle
 from megatronish.optim.buckets import Bucket, decays
@@ -40,8 +38,6 @@ from megatronish.optim.zero import STATES, saved_boxes
 from megatronish.parallel.mesh import Mesh
 from megatronish.pipeline.stage import LossFunction, Stage
 from megatronish.trainer import Trainer
-
-_LOGGER = logging.getLogger("DeepSpeed")
 
 _TAKEN = {
     True: ("_get_norm_groups", "fp32_partitioned_groups_flat"),
@@ -279,9 +275,9 @@ class EngineOptimizer:
 
     def _drop_step(self) -> None:
         """Let go of the gradients, with nothing updated: the engine's way with an invalid norm, which we tell of ourselves."""
-        _LOGGER.setLevel(logging.ERROR)
+        LOGGER.setLevel(logging.ERROR)
         self._finish_step(-1.0)
-        _LOGGER.setLevel(logging.WARNING)
+        LOGGER.setLevel(logging.WARNING)
 
     def _finish_step(self, norm: Tensor | float) -> None:
         self._norm = norm
@@ -395,51 +391,3 @@ def _by_parameter(bucket: Bucket, start: int, stop: int) -> dict[str, list[tuple
     for name, box, flat in bucket.pieces(start, stop):
         result.setdefault(name, []).append((box, flat - begins[name]))
     return result
-
-
-class Places:
-    """DeepSpeed's `mpu`: the mesh in its words. Axes of one rank have real groups too."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._axes: dict[str, Group] = {axis: mesh.groups[axis] for axis in ("tp", "dp")}
-        self._handles = {axis: communicator(group, device_kind=mesh.device_kind) for axis, group in self._axes.items()}
-
-    def get_model_parallel_rank(self) -> int:
-        return self._axes["tp"].index
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._axes["tp"].size
-
-    def get_model_parallel_group(self) -> Any:
-        return self._handles["tp"]
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._axes["dp"].index
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._axes["dp"].size
-
-    def get_data_parallel_group(self) -> Any:
-        return self._handles["dp"]
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(self._axes["dp"].ranks)
-
-
-def import_deepspeed(mesh: Mesh) -> Any:
-    """The package. It reads the accelerator and, in the middle of a step too, this rank's device from the environment; srun and
-    mpirun set neither."""
-    os.environ["DS_ACCELERATOR"] = mesh.device_kind
-    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)
-    deepspeed = importlib.import_module("deepspeed")
-    _LOGGER.setLevel(logging.WARNING)
-    # It calls, thousands of times, what torch 2.13 has other names for.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # On CPU it would compile its own collectives over shared memory at the first start, for minutes; gloo's are there.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    add_scripts_to_path()
-    return deepspeed

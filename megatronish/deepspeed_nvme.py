@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.util
 import os
 import shutil
 import socket
@@ -18,6 +17,7 @@ import weakref
 from pathlib import Path
 
 from megatronish.errors import UserError
+from megatronish.packages import find_package
 
 _PREFIX = "deepspeed-"
 _LOCK = "lock"
@@ -25,9 +25,9 @@ _LOCK = "lock"
 
 def check_async_io() -> None:
     """UserError if DeepSpeed could not compile its asynchronous I/O, with all that is missing."""
-    spec = importlib.util.find_spec("deepspeed")
-    assert spec is not None and spec.origin is not None, "see check_engine"
-    if any((Path(spec.origin).parent / "ops" / "aio").glob("async_io_op*.so")):
+    package = find_package("deepspeed")
+    assert package is not None, "see check_engine"
+    if any((package / "ops" / "aio").glob("async_io_op*.so")):
         return
     add_scripts_to_path()
     compiler = os.environ.get("CXX", "c++")

@@ -6,7 +6,6 @@ an error that names both. What else the file may hold is passed on as it is.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ from megatronish.config import Config
 from megatronish.deepspeed_nvme import check_async_io
 from megatronish.errors import UserError
 from megatronish.json_file import write_json
+from megatronish.packages import find_package
 
 FILE_NAME = "ds_config.json"
 """In the run folder: what the engine got."""
@@ -103,8 +103,7 @@ def check_engine(config: Config, world_size: int | None) -> None:
     `world_size` None: what can be said without it."""
     if config.parallel.zero_engine == "native":
         return
-    spec = importlib.util.find_spec("deepspeed")
-    if spec is None or spec.origin is None:
+    if find_package("deepspeed") is None:
         raise UserError(
             "parallel.zero_engine=deepspeed, but the package deepspeed is not installed: pip install 'megatronish[deepspeed]', or "
             "set parallel.zero_engine to native"

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -35,8 +35,9 @@ class Life:
     def __init__(self, run_dir: Path, launch: str, restart: int, *, beat_seconds: float = BEAT_SECONDS) -> None:
         self.path = run_dir / FILE_NAME
         self._job, self._order = _job_and_order(launch, restart)
-        # Not every launcher names its jobs.
-        self.token = f"{launch}/{restart}/{uuid.uuid4().hex[:8]}"
+        self.number = secrets.randbits(48)
+        """Not every launcher gives its launches names of their own."""
+        self.token = token_of(f"{launch}/{restart}", self.number)
         self._beat = beat_seconds
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="life", daemon=True)
@@ -95,6 +96,11 @@ class Life:
                 if self.path.stat().st_mtime != first:
                     return "ended" not in (_read(self.path) or {})
         return False
+
+
+def token_of(launch: str, number: int) -> str:
+    """The name of one launch of the ranks, which no other has."""
+    return f"{launch}/{number:012x}"
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from megatronish.deepspeed_settings import check_engine, write_settings
 from megatronish.early_stopping import EarlyStopping
 from megatronish.end_signals import EndSignals
 from megatronish.errors import SAVED, UserError
-from megatronish.life import Life, ended_by_later_life
+from megatronish.life import Life, ended_by_later_life, token_of
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
 from megatronish.observe.log import setup_logging
@@ -101,7 +100,7 @@ def train_in_folder(
             folder.prepare(config)
             life = stack.enter_context(Life(folder.path, place.run_id, place.restart))
             failures.forget(folder.path, place.launch)
-        token = f"{place.launch}/{agreed_number(mesh):012x}"
+        token = token_of(place.launch, agreed_number(mesh, life))
         log = setup_logging(folder.path, rank=mesh.rank, coordinates=mesh.describe())
         log.info("%s", place.describe())
         stack.enter_context(ended_by_later_life(folder.path, place.run_id, place.restart))
@@ -119,9 +118,9 @@ def train_in_folder(
         return run_training(config, mesh, datasets, around)
 
 
-def agreed_number(mesh: Mesh) -> int:
-    """The same 48 random bits on every rank: not every launcher gives its launches names of their own. Collective over the job."""
-    own = float(secrets.randbits(48)) if mesh.rank == 0 else 0.0  # a float64 holds them
+def agreed_number(mesh: Mesh, life: Life | None) -> int:
+    """The number of the life, which one rank knows, on every rank. Collective over the job: none goes on before it has begun."""
+    own = float(0 if life is None else life.number)  # a float64 holds its 48 bits
     drawn = torch.tensor(own, dtype=torch.float64, device=mesh.device)
     drawn = all_reduce(drawn, mesh.groups["world"], "max", what="name of the launch")
     return int(read_scalar(drawn, own))

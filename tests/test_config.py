@@ -295,47 +295,47 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("3 choices", "parallel.pipeline=2"),
     ),
-    "parallel.zero_stage needs parallel.zero_engine=deepspeed": (
+    "parallel.zero_stage of parallel.zero_engine=native": (
         {"parallel": {"zero_stage": 3}},
         None,
-        ("parallel.zero_stage=3", "parallel.zero_engine=deepspeed"),
+        ("parallel.zero_stage=3", "parallel.zero_engine to deepspeed"),
     ),
-    "parallel.offload needs parallel.zero_engine=deepspeed": (
+    "parallel.offload of parallel.zero_engine=native": (
         {"parallel": {"offload": "cpu"}},
         None,
-        ("parallel.offload=cpu", "parallel.zero_engine=deepspeed"),
+        ("parallel.offload=cpu", "parallel.zero_engine to deepspeed"),
     ),
-    "parallel.deepspeed_config needs parallel.zero_engine=deepspeed": (
+    "parallel.deepspeed_config of parallel.zero_engine=native": (
         {"parallel": {"deepspeed_config": "ds.json"}},
         None,
-        ("parallel.deepspeed_config=ds.json", "parallel.zero_engine=deepspeed"),
+        ("parallel.deepspeed_config=ds.json", "parallel.zero_engine to deepspeed"),
     ),
-    "parallel.zero_engine=deepspeed and parallel.zero_stage": (
+    "parallel.zero_stage of parallel.zero_engine=deepspeed": (
         {"parallel": {"zero_engine": "deepspeed", "zero_stage": 0}},
         None,
         ("parallel.zero_stage=0", "zero_engine to native"),
     ),
-    "parallel.zero_engine=deepspeed and parallel.pipeline": (
+    "parallel.pipeline of parallel.zero_engine=deepspeed": (
         {"parallel": {"zero_engine": "deepspeed", "pipeline": 2}},
         None,
         ("parallel.pipeline=2", "zero_engine to native"),
     ),
-    "parallel.zero_engine=deepspeed and parallel.num_chunks": (
+    "parallel.num_chunks of parallel.zero_engine=deepspeed": (
         {"parallel": {"zero_engine": "deepspeed", "num_chunks": 2, "schedule": "interleaved"}},
         None,
         ("parallel.num_chunks=2", "zero_engine to native"),
     ),
-    "parallel.zero_engine=deepspeed and parallel.sequence": (
+    "parallel.sequence of parallel.zero_engine=deepspeed": (
         {"parallel": {"zero_engine": "deepspeed", "tensor": 2, "sequence": True}},
         None,
         ("parallel.sequence=true", "zero_engine to native"),
     ),
-    "parallel.zero_engine=deepspeed and train.dtype": (
+    "train.dtype of parallel.zero_engine=deepspeed": (
         {"parallel": {"zero_engine": "deepspeed"}, "train": {"dtype": "bfloat16"}},
         None,
         ("train.dtype=bfloat16", "float32"),
     ),
-    "parallel.zero_engine=deepspeed and optim.grad_reduce_dtype": (
+    "optim.grad_reduce_dtype of parallel.zero_engine=deepspeed": (
         {"parallel": {"zero_engine": "deepspeed"}, "optim": {"grad_reduce_dtype": "bfloat16"}},
         None,
         ("bfloat16", "zero_engine to native"),

@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Everyone may also import itself, `errors` and the version. What is not here stands on top and may import everything.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "packages": (),
     "native": (),
     "writeback": (),
     "yaml_file": (),
@@ -38,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline": ("config", "batch", "comm", "formulas"),
     "optim": ("config", "layout", "comm", "kernels"),
     "checkpoint": ("layout", "comm", "writeback"),
-    "observe": ("config", "comm", "formulas"),
+    "observe": ("config", "comm", "formulas", "packages"),
 }
 # `parallel` initialises the groups there; nothing else outside comm/ may.
 MAY_CALL_DISTRIBUTED = ("parallel/rendezvous.py", "parallel/mesh.py")

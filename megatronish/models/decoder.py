@@ -124,7 +124,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(rows, D, dtype=dtype, device=device) if has_embedding else None
         self.positions = None
         if self.parts.positions and is_first:
-            assert config.max_positions is not None, "constraints.py refuses learned positions without their number"
+            assert config.max_positions is not None, "constraints/ refuses learned positions without their number"
             self.positions = Embedding(config.max_positions, D, dtype=dtype, device=device)
         self.embedding_dropout = Dropout(config.dropout) if is_first else None
         blocks = {str(i): Block(config, self.parts, dtype=dtype, device=device) for layers in self.chunks for i in layers}

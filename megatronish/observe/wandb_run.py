@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatronish.errors import UserError
+from megatronish.packages import find_package
 
 ID_FILE = "wandb_id"
 
 
 def require_wandb(project: str | None) -> None:
     """UserError if a project is given and the package is not installed."""
-    if project is None:
-        return
-    # A folder `wandb/`, which its offline runs make in the working directory, looks like a package without an origin.
-    spec = importlib.util.find_spec("wandb")
-    if spec is None or spec.origin is None:
+    if project is not None and find_package("wandb") is None:
         raise UserError(
             f"observe.wandb_project={project}, but the package wandb is not installed: pip install 'megatronish[wandb]', or remove "
             "observe.wandb_project"

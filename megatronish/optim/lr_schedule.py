@@ -18,7 +18,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "wsd":
-        assert config.decay_steps is not None, "constraints.py refuses wsd without decay_steps"
+        assert config.decay_steps is not None, "constraints/ refuses wsd without decay_steps"
         start, length = num_steps - config.decay_steps, config.decay_steps
     else:
         start, length = config.warmup_steps, config.decay_steps or num_steps - config.warmup_steps

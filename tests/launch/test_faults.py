@@ -17,6 +17,8 @@ from tests.small_run import error_lines, losses, wait_until
 
 pytestmark = pytest.mark.timeout(900)
 SCRIPT = "launch/slurm/pretrain.sbatch"
+RESUMED = re.compile("resumed after step [12]0")
+"""From the last save; a quick machine may have reached the second one before the fault."""
 TASKS = ("--ntasks-per-node=4", "--cpus-per-task=1", "--gpus-per-node=0")
 
 
@@ -75,7 +77,7 @@ def test_a_killed_rank_and_a_requeue_cost_nothing_but_time(
     os.kill(rank_on(cluster, f"node{node}"), signal.SIGKILL)
     wait_until(lambda: cluster.job(job).get("Restarts") == "1", seconds=200, what="a requeue")
     assert "a fault; back into the queue" in log.read_text() and "first failure: rank " in log.read_text(), log.read_text()
-    wait_until(lambda: "resumed after step 10" in log.read_text(), seconds=200, what="life 2")
+    wait_until(lambda: RESUMED.search(log.read_text()) is not None, seconds=200, what="life 2")
     cluster.command("scontrol", "requeue", str(job), cwd=root)
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
@@ -96,7 +98,7 @@ def test_a_lost_node_is_replaced_by_a_spare_in_the_same_allocation(
     wait_until(lambda: "again on 2 of them" in log.read_text(), seconds=120, what="a relaunch")
     ended = whole_cluster.wait(job)
     assert (ended["JobState"], ended.get("Restarts")) == ("COMPLETED", "0"), log.read_text()
-    assert losses(run) == small_run.losses and "resumed after step 10" in log.read_text()
+    assert losses(run) == small_run.losses and RESUMED.search(log.read_text())
 
 
 def test_two_jobs_on_one_run_folder_are_one_line(cluster: Cluster, small_run: SmallRun, root: Path, tmp_path: Path) -> None:

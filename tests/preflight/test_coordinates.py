@@ -29,7 +29,7 @@ PLACES = {
     "checkpointing.py": ("__init__", "pieces"),
     "resume.py": ("resume_or_draw",),
     "startup.py": ("_require_equal_rows",),
-    "train.py": ("agreed_number", "log_facts", "peak_tflops", "run_training", "train_in_folder"),
+    "train.py": ("log_facts", "peak_tflops", "run_training", "train_in_folder"),
     # File i is verified by rank i mod world.
     "checkpoint/verify.py": ("examine",),
     # A stage's layers and schedule.
