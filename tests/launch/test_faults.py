@@ -65,12 +65,12 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         wait_until(lambda: self.last_step() >= step, seconds=400, what=f"step {step}")
 
-    def wait_for_restart(self) -> None:
-        wait_until(lambda: self.cluster.job(self.number).get("Restarts") == "1", seconds=120, what="a requeue", often=0.2)
+    def wait_for_restart(self, *, seconds: float = 120) -> None:
+        wait_until(lambda: self.cluster.job(self.number).get("Restarts") == "1", seconds=seconds, what="a requeue", often=0.2)
 
     def wait_until_at_work(self, life: int) -> None:
-        """Its first step is done."""
-        wait_until(lambda: self.text().count(START_UP) >= life, seconds=400, what=f"life {life} at work")
+        """Its first step is done: long before a collective gives up by itself, after 600 s."""
+        wait_until(lambda: self.text().count(START_UP) >= life, seconds=540, what=f"life {life} at work")
 
     def ranks(self) -> dict[str, int]:
         """Node -> process of its rank."""
@@ -182,10 +182,8 @@ def test_a_job_that_loses_a_node_goes_on_without_it(
         began = time.monotonic()
     try:
         job.wait_until_at_work(2)
-        seconds = time.monotonic() - began
-        print(f"{fault}: at work again after {seconds:.0f} s")
-        # Far below the ten minutes after which a collective gives up by itself.
-        assert seconds < 300 and "resumed after step 20" in job.text() and len(set(job.ranks()) - {lost}) == 2, job.text()
+        print(f"{fault}: at work again after {time.monotonic() - began:.0f} s")
+        assert "resumed after step 20" in job.text() and len(set(job.ranks()) - {lost}) == 2, job.text()
     finally:
         if repair is not None:
             whole_cluster.run(repair, lost)
@@ -205,10 +203,9 @@ def test_a_lost_node_is_replaced_by_a_spare_in_the_same_allocation(
         began = time.monotonic()
     wait_until(lambda: "again on 2 of them" in job.text(), seconds=120, what="a relaunch")
     job.wait_until_at_work(2)
-    seconds = time.monotonic() - began
-    print(f"crash with a spare: at work again after {seconds:.0f} s")
+    print(f"crash with a spare: at work again after {time.monotonic() - began:.0f} s")
     job.check_done(pair_run, restarts=0)
-    assert "resumed after step 20" in job.text() and seconds < 300
+    assert "resumed after step 20" in job.text()
 
 
 def test_out_of_time_is_a_save_and_a_requeue_and_the_same_losses(cluster: Cluster, pair_run: SmallRun, tmp_path: Path) -> None:
@@ -229,18 +226,25 @@ def test_out_of_time_is_a_save_and_a_requeue_and_the_same_losses(cluster: Cluste
     assert "60 of 60" in status.stdout and f"{pair_run.losses[60]:.4f}" in status.stdout
 
 
+def limit_job(job: Job, minutes: int) -> None:
+    done = job.cluster.command("scontrol", "update", f"jobid={job.number}", f"timelimit={minutes}", cwd=job.folder)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow_faults
 @pytest.mark.parametrize("reason", ["time limit", "preemption"])
 def test_the_time_limit_and_preemption_are_a_save_and_a_requeue(
     cluster: Cluster, pair_run: SmallRun, root: Path, tmp_path: Path, reason: str
 ) -> None:
-    # Slurm looks at the limit every 30 s, and may send the signal a minute early; preemption sends it at once.
-    limit = ("--time=1", "--signal=B:USR1@10") if reason == "time limit" else ("--time=30", "--signal=B:USR1@60")
-    job = train(cluster, root, pair_run, tmp_path, *limit, steps=100_000)
+    job = train(cluster, root, pair_run, tmp_path, "--time=30", "--signal=B:USR1@10", steps=100_000)
     job.wait_for_step(2)
     if reason == "preemption":
         cluster.submit("--partition=urgent", "--nodes=4", "--exclusive", "--wrap=sleep 1", "--output=/dev/null", cwd=root)
-    job.wait_for_restart()
+    else:  # the start of the ranks may take minutes on a busy machine; Slurm looks every 30 s, and may be a minute early
+        hours, minutes, _ = map(int, cluster.job(job.number)["RunTime"].split(":"))
+        limit_job(job, 60 * hours + minutes + 2)
+    job.wait_for_restart(seconds=300)
+    limit_job(job, 30)
     text, before = job.text(), job.last_step()
     assert re.search(r"saved .*/step-0*" + str(before), text), text
     job.wait_until_at_work(2)
