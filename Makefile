@@ -7,7 +7,7 @@ WORKERS ?= 2
 AT_ONCE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
-.PHONY: setup test lint parity full-width demo
+.PHONY: setup test lint parity full-width faults demo
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ parity: setup
 
 full-width: setup
 	$(VENV)/bin/python -m pytest -m full_width
+
+faults: setup
+	sh tests/install_tools.sh
+	$(VENV)/bin/python -m pytest tests/launch -m slow_faults
 
 demo: setup
 	$(VENV)/bin/python -m megatronish.demo

@@ -19,7 +19,9 @@ class Cluster:
     def __init__(self, base: Path, *options: str) -> None:
         self.base = base
         self.run("stop")
-        started = self.run("start", *options, timeout=180)
+        started = self.run("start", *options, timeout=400)
+        if started.returncode != 0:
+            self.stop()
         assert started.returncode == 0, started.stderr
 
     def run(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

@@ -237,7 +237,7 @@ start)
   pgrep -P "$u" | head -1 > "$RUN/ctl.pid"
   # shellcheck disable=SC2046
   in_ctl bash "$SELF" "$BASE" _nodes_up $(all_nodes)
-  wait_for 60 nodes_ready || { in_ctl sinfo -R; die "not all nodes came up"; } ;;
+  wait_for $((60 + NODES)) nodes_ready || { in_ctl sinfo -R; die "not all nodes came up"; } ;;
 stop)
   p=$(ctl_pid) u=$(cat "$RUN/unshare.pid" 2> /dev/null)
   # SIGKILL to process 1 of the outer namespace ends every daemon, node and task in it.

@@ -26,9 +26,8 @@ def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
     session_cluster.command("scancel", "--user=root", cwd=session_cluster.base)
 
 
-@pytest.fixture(scope="session")
-def session_cluster() -> Iterator[Cluster]:
-    """Four nodes with eight GPUs that are none; 384 more in partition `big` that jobs can only be planned on."""
+def skip_without_slurm() -> None:
+    """Where a cluster cannot be."""
     if os.geteuid() != 0:
         pytest.skip("a cluster of network namespaces needs root")
     if missing := [name for name in NEEDED if shutil.which(name) is None]:
@@ -39,6 +38,12 @@ def session_cluster() -> Iterator[Cluster]:
     new = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork", "bash", "-c", trial]
     if (tried := subprocess.run(new, capture_output=True, text=True, check=False)).returncode != 0:
         pytest.skip(f"this machine has no network namespaces for us: {tried.stderr.strip()}")
+
+
+@pytest.fixture(scope="session")
+def session_cluster() -> Iterator[Cluster]:
+    """Four nodes with eight GPUs that are none; 384 more in partition `big` that jobs can only be planned on."""
+    skip_without_slurm()
     # Short: the path of a socket has at most 107 letters.
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
         cluster = Cluster(Path(folder), "-n", "4", "-f", "384")
@@ -58,27 +63,37 @@ def ssh_hosts() -> Iterator[SshHosts]:
 
 @dataclass(frozen=True)
 class SmallRun:
-    """A run of 30 steps at tensor 2 x pipeline 2 x data 2."""
+    """A run, and what one machine makes of it."""
 
     config: Path
     losses: dict[int, float]
-    """Of `megatronish train --nproc 8`."""
+    """Of `megatronish train --nproc N`, of every step."""
 
 
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+def run_here(folder: Path, *, ranks: int, steps: int, interval: int, parallel: dict[str, int | bool]) -> SmallRun:
     """The same learning rate all the way: a run that is cut short has the first losses of the whole one."""
-    folder = tmp_path_factory.mktemp("small")
-    layout = {key.partition(".")[2]: value for key, _, value in (pair.partition("=") for pair in THREE_D)}
-    parallel = {key: True if value == "true" else int(value) for key, value in layout.items()} | {"zero_stage": 1}
     config = write_run(
         folder,
         parallel=parallel,
         optim={"lr": 0.01, "min_lr": 0.01, "warmup_steps": 0},
-        train={"steps": 30},
-        checkpoint={"interval": 10},
+        train={"steps": steps},
+        checkpoint={"interval": interval},
         observe={"log_interval": 1, "tensorboard": False, "peak_tflops": 1.0},
     )
-    done = megatronish("train", str(config), "--nproc", "8", timeout=600)
+    done = megatronish("train", str(config), "--nproc", str(ranks), timeout=600)
     assert done.returncode == 0, done.stderr
     return SmallRun(config, losses(folder / "runs/tiny"))
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """6 steps at tensor 2 x pipeline 2 x data 2."""
+    layout = {key.partition(".")[2]: value for key, _, value in (pair.partition("=") for pair in THREE_D)}
+    parallel = {key: True if value == "true" else int(value) for key, value in layout.items()} | {"zero_stage": 1}
+    return run_here(tmp_path_factory.mktemp("small"), ranks=8, steps=6, interval=10, parallel=parallel)
+
+
+@pytest.fixture(scope="session")
+def pair_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """60 steps on two ranks, saved every 20: most of what a fault costs is the start of processes."""
+    return run_here(tmp_path_factory.mktemp("pair"), ranks=2, steps=60, interval=20, parallel={"pipeline": 2})

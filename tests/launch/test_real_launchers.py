@@ -16,16 +16,11 @@ from megatronish.parallel.launchers import free_port
 from tests.launch.cluster import Cluster
 from tests.launch.conftest import SmallRun
 from tests.launch.ssh_hosts import SshHosts
-from tests.small_run import clean_environment, error_lines, losses, wait_until
+from tests.small_run import clean_environment, error_lines, losses
 
 # Eight processes that import torch on two cores that others use too.
 pytestmark = pytest.mark.timeout(900)
-STEPS = 6
 TASKS = ("--nodes=4", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0")
-
-
-def first(small_run: SmallRun, steps: int) -> dict[int, float]:
-    return {step: small_run.losses[step] for step in range(1, steps + 1)}
 
 
 def places(run: Path) -> list[str]:
@@ -38,11 +33,11 @@ def test_sbatch_gives_the_losses_of_one_machine(cluster: Cluster, small_run: Sma
     log = tmp_path / "job.log"
     job = cluster.submit(
         *TASKS, f"--output={log}", "launch/slurm/pretrain.sbatch", str(small_run.config), f"run_root={tmp_path}",
-        f"train.steps={STEPS}", cwd=root, PYTHON=sys.executable,
+        cwd=root, PYTHON=sys.executable,
     )  # fmt: skip
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
-    assert losses(tmp_path / "tiny") == first(small_run, STEPS)
+    assert losses(tmp_path / "tiny") == small_run.losses
     launcher = f"launcher: srun (job {job}, step 0)"
     assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank % 2} of 2), {launcher}" for rank in range(8)]
     assert f"job {job}, life 1: 8 ranks on 4 nodes (node[001-004])" in log.read_text()
@@ -53,11 +48,11 @@ def test_mpirun_gives_the_losses_of_one_machine(small_run: SmallRun, root: Path,
         pytest.skip("no mpirun: tests/install_tools.sh installs it as root")
     options = ["-np", "8", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
     done = subprocess.run(
-        ["launch/mpi/run.sh", *options, "--", str(small_run.config), f"run_root={tmp_path}", f"train.steps={STEPS}"],
+        ["launch/mpi/run.sh", *options, "--", str(small_run.config), f"run_root={tmp_path}"],
         cwd=root, env=clean_environment(PYTHON=sys.executable), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "tiny") == first(small_run, STEPS)
+    assert losses(tmp_path / "tiny") == small_run.losses
     assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank} of 8), launcher: mpirun (Open MPI)" for rank in range(8)]
 
 
@@ -96,10 +91,10 @@ def test_deepspeed_on_two_hosts_gives_the_losses_of_one_machine(
         pytest.skip("mpi4py is not installed: pip install -c constraints.txt -e '.[mpi]'")
     hostfile = tmp_path / "hosts"
     hostfile.write_text(f"# two\n{hosts[0]} slots=4\n{hosts[1]} slots=4\n")
-    settings = (str(small_run.config), f"run_root={tmp_path}", f"train.steps={STEPS}")
+    settings = (str(small_run.config), f"run_root={tmp_path}")
     done = run_deepspeed(ssh_hosts, hostfile, *settings, options=f"--master_port {free_port()} {options}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(tmp_path / "tiny") == first(small_run, STEPS)
+    assert losses(tmp_path / "tiny") == small_run.losses
     assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank % 4} of 4), launcher: {launcher}" for rank in range(8)]
 
 
@@ -131,37 +126,12 @@ def test_two_torchrun_agents_give_the_losses_of_one_machine(
 ) -> None:
     done = cluster.command(
         "srun", "--nodes=2", "--ntasks-per-node=1", "--nodelist=node[002-003]", "launch/torchrun/run.sh", "2", "4", "node002",
-        str(small_run.config), f"run_root={tmp_path}", f"train.steps={STEPS}", cwd=root, timeout=600, PYTHON=sys.executable,
+        str(small_run.config), f"run_root={tmp_path}", cwd=root, timeout=600, PYTHON=sys.executable,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "tiny") == first(small_run, STEPS)
+    assert losses(tmp_path / "tiny") == small_run.losses
     # Each agent's task is one of srun's; torchrun's word counts.
     assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank % 4} of 4), launcher: torchrun" for rank in range(8)]
-
-
-def test_out_of_time_is_a_save_and_a_requeue_and_the_same_losses(cluster: Cluster, small_run: SmallRun, tmp_path: Path) -> None:
-    # Submitted from elsewhere: the job runs from its own copy of the code.
-    config, run = str(small_run.config), tmp_path / "tiny"
-    megatronish = (sys.executable, "-m", "megatronish")
-    options = ("--nodes", "4", "--gpus-per-node", "2", "--cpus-per-gpu", "1", "--device", "cpu", "--no-preflight")
-    submitted = cluster.command(*megatronish, "submit", config, f"run_root={tmp_path}", *options, cwd=tmp_path, timeout=120)
-    assert submitted.returncode == 0, submitted.stderr
-    job = int(submitted.stdout.split()[1].rstrip(":"))
-    log, metrics = run / f"logs/job-{job}.log", run / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2, seconds=600, what="step 2")
-    # As Slurm does before the time limit, under --signal=B:USR1@600.
-    assert cluster.command("scancel", "--batch", "--signal=USR1", str(job), cwd=tmp_path).returncode == 0
-    wait_until(lambda: cluster.job(job).get("Restarts") == "1", seconds=120, what="a requeue")
-    text = log.read_text()
-    assert "out of time, saved; back into the queue" in text, text
-    before = max(losses(run))
-    assert before < 30 and (run / f"checkpoints/step-{before:08d}").is_dir()
-    ended = cluster.wait(job)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
-    assert losses(run) == small_run.losses and "life 2" in log.read_text()
-    status = cluster.command(*megatronish, "status", str(run), cwd=tmp_path)
-    assert f"{job} COMPLETED" in status.stdout and "restarts 1" in status.stdout, status.stdout + status.stderr
-    assert "30 of 30" in status.stdout and f"{small_run.losses[30]:.4f}" in status.stdout
 
 
 def test_a_shell_of_sbatch_is_no_rank_and_its_tasks_are(cluster: Cluster, root: Path, tmp_path: Path) -> None:
