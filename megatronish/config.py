@@ -112,6 +112,9 @@ class ParallelConfig(Section):
     on a disk, brought to the host for its update (Rajbhandari et al. 2021)."""
     offload_path: Text | None = None
     """offload=nvme only: a folder on a fast disk of each node. There is none that fits every machine, so it must be given."""
+    timeout_seconds: PositiveFloat = 600.0
+    """A collective that some rank has not joined after so long ends the job with code 76: beyond any wait of a healthy run, such as
+    that for a slow disk while a checkpoint is saved."""
     deepspeed_config: Text | None = None
     """zero_engine=deepspeed only: a DeepSpeed JSON whose further settings are taken over; what contradicts this config is an error.
     What the engine gets is written to RUN/ds_config.json."""
@@ -272,7 +275,7 @@ class ObserveConfig(Section):
     """First and last step of a profile, written to RUN/profile/ as a Chrome trace for each rank."""
     hang_seconds: NonNegativeFloat = 300.0
     """A rank that communicates nothing for so long writes RUN/post_mortem/, for `megatronish why-hung`; 0: only on SIGUSR2 or an
-    error. Collectives end by themselves after 600 s."""
+    error. Collectives end by themselves after parallel.timeout_seconds."""
     memory_snapshot_step: PositiveInt | None = None
     """After this step each rank on a GPU writes its allocator's history to RUN/profile/."""
     wandb_project: Text | None = None

@@ -118,10 +118,11 @@ def main(
         config, dataset, measure = prepare(request, place.world_size)
         guard.run_folder = request.run
         streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
-        device = connect(place)
+        timeout = config.parallel.timeout_seconds
+        device = connect(place, collective_seconds=timeout)
         facts = config_facts(config) | version_facts() | {"data": f"{dataset.fingerprint:016x}"}
         require_agreement(facts, world=world_group(device_kind=device.type), device=device)
-        mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
+        mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device, timeout_seconds=timeout)
         result = evaluate_run(request, config, mesh, dataset, measure)
         if mesh.rank == 0:
             report(result, request.json_file)

@@ -70,12 +70,13 @@ def main(config_path: str, overrides: list[str], nproc: int | None, signals: End
         datasets = open_datasets(config)
         clock.end("config and data")
         with listening_post(config, folder, place):
-            device = connect(place)
+            timeout = config.parallel.timeout_seconds
+            device = connect(place, collective_seconds=timeout)
             clock.end("rendezvous")
             world = world_group(device_kind=device.type)
             require_agreement(run_facts(config, datasets), world=world, device=device)
             clock.end("agreement")
-            mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
+            mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device, timeout_seconds=timeout)
             clock.end("groups")
             must_go_on = train_in_folder(config, mesh, datasets, place, clock, signals)
             disconnect()

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What tests use besides Python, where it can be had: a browser for the pages; Slurm, Open MPI, sshd, pdsh and shellcheck for launch/; libaio.
+# What tests use besides Python, where it can be had: a browser for the pages; Slurm, Open MPI, MPICH, sshd, pdsh and shellcheck for launch/; libaio.
 # Quick if it is there; never fails: a test that lacks its tool skips itself and says so.
 has() {
     for name in "$@"; do
@@ -13,6 +13,7 @@ has slurmctld || missing="$missing slurm-wlm"
 has munged || missing="$missing munge"
 has ip || missing="$missing iproute2"
 has mpirun || missing="$missing openmpi-bin"
+has mpirun.mpich || missing="$missing mpich"
 has pdsh || missing="$missing pdsh"
 has sshd /usr/sbin/sshd || missing="$missing openssh-server"
 has shellcheck || missing="$missing shellcheck"

@@ -18,8 +18,11 @@ from megatronish.errors import Superseded, UserError, code_of_job, disk_error, e
 from megatronish.life import Life
 from tests.small_run import (
     descendants,
+    forked,
+    kill_all,
     losses,
     start,
+    start_forked,
     wait_until,
     wait_until_ended,
     write_run,
@@ -191,3 +194,25 @@ def test_a_signal_to_the_launcher_saves_all_ranks_and_the_same_command_goes_on(t
         assert step() > last and (run / f"checkpoints/step-{step():08d}").is_dir()
         last = step()
     assert sorted(losses(run)) == list(range(1, last + 1))
+
+
+def test_a_rank_that_stands_still_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    config, run = (
+        write_run(tmp_path, parallel={"pipeline": 2, "data": 2, "timeout_seconds": 15.0}, train={"steps": 100_000}),
+        tmp_path / "runs/tiny",
+    )
+    ranks = start_forked("train", str(config), nproc=4, stderr=tmp_path / "stderr")
+    try:
+        wait_until(lambda: (run / "metrics.jsonl").exists(), seconds=120, what="a step")
+        assert ranks[3].pid is not None
+        os.kill(ranks[3].pid, signal.SIGSTOP)
+        # The time-out, what writing the stacks takes, and a busy machine.
+        for rank in ranks[:3]:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks[:3]] == [76] * 3, (tmp_path / "stderr").read_text()
+    finally:
+        kill_all(ranks)
+    failure = failures.latest(run)
+    assert failure is not None and "imed out" in failure.error, (tmp_path / "stderr").read_text()
+    why = forked("why-hung", str(run))
+    assert "rank 3" in why.stdout.splitlines()[0], why.stdout

@@ -70,4 +70,49 @@ exec 9< "$settings"
 rm "$settings"
 export DS_ENV_FILE=/proc/self/fd/9
 
-exec "$deepspeed" --hostfile "$hostfile" "${options[@]}" --module megatronish train "$@"
+# With --launcher slurm deepspeed ignores --module, with mpich it starts its own helper wrongly then.
+program=(--module megatronish)
+case $launcher in slurm | mpich)
+    program=("$(command -v "$(dirname "$python")/megatronish" megatronish | head -n 1)") ||
+        fail "there is no megatronish beside $python or on PATH: pip install -c constraints.txt -e ." ;;
+esac
+if [ "$launcher" = slurm ]; then
+    # It would try ssh all the same; and srun would choose how many tasks a node gets.
+    options=(--no_ssh_check --master_addr "${hosts[0]}" --launcher_args "--nodes=${#hosts[@]} --kill-on-bad-exit=1" "${options[@]}")
+fi
+
+# Signals are the ranks': USR1 and TERM save and end, USR2 asks what they are doing. deepspeed itself would end on them, without its
+# ranks, or kill them. By ssh ranks are found by their command line, as deepspeed finds them; mpirun and srun hand a signal on.
+ranks="megatronish --local_rank=[0-9]+ $(sed 's/[^A-Za-z0-9_=/ -]/./g' <<< "train $*")$"
+runner=
+# shellcheck disable=SC2317 # called by trap
+pass_on() {
+    told=yes
+    local host sent=()
+    [ -n "$runner" ] || exit 143
+    if [ "$launcher" != pdsh ]; then
+        pkill "-$1" -P "$runner" || kill -TERM "$runner" 2> /dev/null || true
+        return 0
+    fi
+    for host in "${hosts[@]}"; do
+        if [ -n "$remote" ]; then ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "pkill -$1 -f '$ranks'"; else pkill "-$1" -f "$ranks"; fi &
+        sent+=($!)
+    done
+    for host in "${sent[@]}"; do wait "$host" || true; done
+}
+remote=
+[[ ${#hosts[@]} = 1 && " ${options[*]} " != *" --force_multi "* ]] || remote=yes
+trap 'pass_on USR1' USR1
+trap 'pass_on USR2' USR2
+trap 'pass_on USR1' TERM # mpirun gives ranks only seconds after TERM
+trap 'told=yes; [ "$launcher" = pdsh ] || pkill -TERM -P "$runner"; kill -TERM "$runner"' INT # now
+(
+    trap '' USR1 # ranks on this host ignore it until Python has come so far as to hold it back
+    exec "$deepspeed" --hostfile "$hostfile" "${options[@]}" "${program[@]}" train "$@"
+) &
+runner=$!
+while :; do
+    told=no
+    wait "$runner" && code=0 || code=$?
+    [ "$told" = yes ] || exit "$code"
+done

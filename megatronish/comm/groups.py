@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -50,13 +51,14 @@ def single_process_group(axis: str = "world", rank: int = 0) -> Group:
     return Group(axis, (rank,), 0)
 
 
-def new_group(axis: str, ranks: Sequence[int], rank: int, *, device_kind: str) -> Group:
-    """Create the communicator of `ranks`. Only its members call this (so a rank belongs to O(axes) groups, never O(world))."""
+def new_group(axis: str, ranks: Sequence[int], rank: int, *, device_kind: str, timeout: datetime.timedelta | None = None) -> Group:
+    """Create the communicator of `ranks`. Only its members call this (so a rank belongs to O(axes) groups, never O(world)). Its
+    collectives give up after `timeout`; when not given after what torch has for the backend: 10 minutes, 30 for gloo."""
     ranks = tuple(ranks)
     if len(ranks) == 1:
         return Group(axis, ranks, 0)
     history.current().open(axis, ranks)
-    handle = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=axis)
+    handle = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=axis)
     pairwise = len(ranks) == 2 and device_kind == "cpu"
     return Group(axis, ranks, ranks.index(rank), handle, pairwise)
 

@@ -87,10 +87,11 @@ def main(request: Request, nproc: int | None, arguments: Sequence[str]) -> int:
         config = prepared.config
         guard.run_folder = request.run
         streams.set_numerics(cpu_threads=config.train.cpu_threads, deterministic=config.train.deterministic)
-        device = connect(place)
+        timeout = config.parallel.timeout_seconds
+        device = connect(place, collective_seconds=timeout)
         facts = config_facts(config) | version_facts() | {"prompts": repr((prepared.prompts, request.sampling, request.max_tokens))}
         require_agreement(facts, world=world_group(device_kind=device.type), device=device)
-        mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device)
+        mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device, timeout_seconds=timeout)
         printer = Printer(prepared) if mesh.rank == 0 else None
         step, samples = generate(prepared, mesh, printer)
         if request.json_file is not None and mesh.rank == 0:

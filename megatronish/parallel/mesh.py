@@ -5,6 +5,7 @@ The only place where a global rank becomes coordinates. `cp` (context) and `ep` 
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,16 +91,19 @@ class Mesh:
         return self.shape.describe(self.rank)
 
 
-def build_mesh(shape: MeshShape, rank: int, *, device: torch.device, device_kind: str | None = None) -> Mesh:
-    """Create this rank's groups, axis by axis in one fixed order. Every rank of the job must call it."""
-    kind = device_kind or device.type
+def build_mesh(
+    shape: MeshShape, rank: int, *, device: torch.device, device_kind: str | None = None, timeout_seconds: float = 600.0
+) -> Mesh:
+    """Create this rank's groups, axis by axis in one fixed order. Every rank of the job must call it. A collective that some rank
+    does not join gives up after `timeout_seconds`."""
+    kind, timeout = device_kind or device.type, datetime.timedelta(seconds=timeout_seconds)
     groups = {"world": world_group(device_kind=kind)}
     members = {axis: shape.ranks_along(axis, rank) for axis in AXES}
     stages = members["pp"]
     if rank in (stages[0], stages[-1]):
         members["ends"] = tuple(sorted({stages[0], stages[-1]}))
     for axis, its_ranks in members.items():
-        groups[axis] = new_group(axis, its_ranks, rank, device_kind=kind)
+        groups[axis] = new_group(axis, its_ranks, rank, device_kind=kind, timeout=timeout)
         # Opened at once and by all members: NCCL builds a communicator at its first call, which must not be a pipeline's exchange
         # between two of them.
         all_reduce(torch.zeros(1, device=device), groups[axis], what="first call")

@@ -41,9 +41,12 @@ def find_place(environment: Mapping[str, str] | None = None, *, local_rank: int 
     return place
 
 
-def connect(place: Place, *, timeout_seconds: float = 600.0, loopback_seconds: float = 30.0) -> torch.device:
-    """Choose this rank's device and join the job. Blocks until every rank is here. UserError if rank 0 cannot be reached: after
-    `timeout_seconds`; after `loopback_seconds` where a rank of another node than the first was sent to its own host."""
+def connect(
+    place: Place, *, timeout_seconds: float = 600.0, loopback_seconds: float = 30.0, collective_seconds: float = 600.0
+) -> torch.device:
+    """Choose this rank's device and join the job. Blocks until every rank is here. A collective of all ranks gives up after
+    `collective_seconds`. UserError if rank 0 cannot be reached: after `timeout_seconds`; after `loopback_seconds` where a rank of
+    another node than the first was sent to its own host."""
     local = (0, 1) if place.own_gpu and streams.num_gpus() == 1 else (place.local_rank, place.local_world_size)
     device = streams.choose_device(*local)
     if place.world_size == 1:
@@ -58,7 +61,7 @@ def connect(place: Place, *, timeout_seconds: float = 600.0, loopback_seconds: f
         store=_own_part(place, store),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=datetime.timedelta(seconds=collective_seconds),
     )
     return device
 

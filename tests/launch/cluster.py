@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -71,3 +72,15 @@ class Cluster:
     def stop(self) -> None:
         """End everything."""
         self.run("stop")
+
+
+def processes(folder: Path) -> dict[int, tuple[str, list[bytes]]]:
+    """Node and command line of every process, of any node, whose command line names `folder`."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if any(str(folder).encode() in word for word in words):
+                node = re.search(rb"(?:^|\0)SLURMD_NODENAME=(\w+)", (entry / "environ").read_bytes())
+                found[int(entry.name)] = (node[1].decode() if node else "", words)
+    return found

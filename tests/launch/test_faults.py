@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatronish.observe.start_clock import START_UP
-from tests.launch.cluster import Cluster
+from tests.launch.cluster import Cluster, processes
 from tests.launch.conftest import SmallRun
 from tests.small_run import error_lines, losses, megatronish, wait_until
 
@@ -27,18 +27,6 @@ MEGATRONISH = (sys.executable, "-m", "megatronish")
 TASKS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
 SUBMIT = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-gpu=1", "--device=cpu", "--no-preflight")
 """As TASKS, of `megatronish submit`."""
-
-
-def processes(folder: Path) -> dict[int, tuple[str, list[bytes]]]:
-    """Node and command line of every process, of any node, whose command line names `folder`."""
-    found = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if any(str(folder).encode() in word for word in words):
-                node = re.search(rb"(?:^|\0)SLURMD_NODENAME=(\w+)", (entry / "environ").read_bytes())
-                found[int(entry.name)] = (node[1].decode() if node else "", words)
-    return found
 
 
 @dataclass(frozen=True)

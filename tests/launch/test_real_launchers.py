@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from megatronish.parallel.launchers import free_port
-from tests.launch.cluster import Cluster
+from tests.launch.cluster import Cluster, processes
 from tests.launch.conftest import SmallRun
 from tests.launch.ssh_hosts import SshHosts
-from tests.small_run import clean_environment, error_lines, losses
+from tests.small_run import clean_environment, error_lines, losses, wait_until
 
 # Eight processes that import torch on two cores that others use too.
 pytestmark = pytest.mark.timeout(900)
@@ -56,31 +57,47 @@ def test_mpirun_gives_the_losses_of_one_machine(small_run: SmallRun, root: Path,
     assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank} of 8), launcher: mpirun (Open MPI)" for rank in range(8)]
 
 
-def run_deepspeed(ssh_hosts: SshHosts, hostfile: Path, *arguments: str, options: str) -> subprocess.CompletedProcess[str]:
+def start_deepspeed(ssh_hosts: SshHosts, hostfile: Path, *arguments: str, options: str, log: Path) -> subprocess.Popen[bytes]:
     """launch/deepspeed/run.sh with the real launcher; only the script sees to the environment of the other hosts."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install -c constraints.txt -e '.[deepspeed]'")
+    path = ssh_hosts.environment()["PATH"]
+    if "mpich" in options:  # `mpirun` is that of Open MPI, where both are installed
+        if (mpich := shutil.which("mpirun.mpich")) is None:
+            pytest.skip("no mpirun.mpich: tests/install_tools.sh installs it as root")
+        (hostfile.parent / "mpirun").write_text(f'#!/bin/sh\nexec {mpich} "$@"\n')
+        (hostfile.parent / "mpirun").chmod(0o755)
+        path = f"{hostfile.parent}:{path}"
     environment = clean_environment(
-        **ssh_hosts.environment(), PYTHON=sys.executable, DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo",
+        PATH=path, PYTHON=sys.executable, DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo",
         OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", DEEPSPEED_ARGS=f"--master_addr 127.0.0.1 {options}",
     )  # fmt: skip
     command = [str(Path(__file__).parents[2] / "launch/deepspeed/run.sh"), str(hostfile), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+
+def run_deepspeed(ssh_hosts: SshHosts, hostfile: Path, *arguments: str, options: str) -> tuple[int, str]:
+    """To its end: the exit code, and what it said."""
+    log = hostfile.with_suffix(".log")
+    code = start_deepspeed(ssh_hosts, hostfile, *arguments, options=options, log=log).wait(800)
+    return code, log.read_text()
+
+
+MPI_OF_TWO = "--launcher openmpi --launcher_args '--mca btl_tcp_if_include lo'"
+ADDRESSES = ("127.0.0.1", "127.0.0.2")
+"""By address: mpirun looks names up itself."""
 
 
 @pytest.mark.parametrize(
     ("tool", "options", "hosts", "launcher"),
     [
         ("pdsh", "", ("first", "second"), "deepspeed"),
-        # By address: mpirun looks names up itself. It knows of no shared host, so the ranks ask mpi4py where to meet.
-        (
-            "mpirun",
-            "--launcher openmpi --launcher_args '--mca btl_tcp_if_include lo'",
-            ("127.0.0.1", "127.0.0.2"),
-            "mpirun (Open MPI), mpi4py",
-        ),
+        # It knows of no shared host, so the ranks ask mpi4py where to meet.
+        ("mpirun", MPI_OF_TWO, ADDRESSES, "mpirun (Open MPI), mpi4py"),
+        ("mpirun.mpich", "--launcher mpich", ADDRESSES, "environment"),
     ],
-    ids=["pdsh", "openmpi"],
+    ids=["pdsh", "openmpi", "mpich"],
 )
 def test_deepspeed_on_two_hosts_gives_the_losses_of_one_machine(
     ssh_hosts: SshHosts, small_run: SmallRun, tmp_path: Path, tool: str, options: str, hosts: tuple[str, str], launcher: str
@@ -92,10 +109,30 @@ def test_deepspeed_on_two_hosts_gives_the_losses_of_one_machine(
     hostfile = tmp_path / "hosts"
     hostfile.write_text(f"# two\n{hosts[0]} slots=4\n{hosts[1]} slots=4\n")
     settings = (str(small_run.config), f"run_root={tmp_path}")
-    done = run_deepspeed(ssh_hosts, hostfile, *settings, options=f"--master_port {free_port()} {options}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, said = run_deepspeed(ssh_hosts, hostfile, *settings, options=f"--master_port {free_port()} {options}")
+    assert code == 0, said
     assert losses(tmp_path / "tiny") == small_run.losses
     assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank % 4} of 4), launcher: {launcher}" for rank in range(8)]
+
+
+def test_deepspeed_with_srun_gives_the_losses_of_one_machine(
+    cluster: Cluster, small_run: SmallRun, root: Path, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install -c constraints.txt -e '.[deepspeed]'")
+    log, hostfile = tmp_path / "job.log", tmp_path / "hosts"
+    hostfile.write_text("node001 slots=4\nnode002 slots=4\n")
+    command = f"launch/deepspeed/run.sh {hostfile} {small_run.config} run_root={tmp_path}"
+    job = cluster.submit(
+        "--nodes=2", "--nodelist=node[001-002]", "--ntasks-per-node=4", f"--output={log}", f"--wrap={command}",
+        cwd=root, PYTHON=sys.executable, DS_ACCELERATOR="cpu", DEEPSPEED_ARGS="--launcher slurm",
+    )  # fmt: skip
+    ended = cluster.wait(job)
+    assert ended["ExitCode"] == "0:0", log.read_text()
+    assert losses(tmp_path / "tiny") == small_run.losses
+    assert places(tmp_path / "tiny") == [
+        f"{rank} of 8 (local {rank % 4} of 4), launcher: srun (job {job}, step 0)" for rank in range(8)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -116,9 +153,32 @@ def test_deepspeed_starts_no_rank_where_it_could_not_start_all(
         pytest.skip("no pdsh: tests/install_tools.sh installs it as root")
     hostfile = tmp_path / "hosts"
     hostfile.write_text(hosts)
-    done = run_deepspeed(ssh_hosts, hostfile, str(small_run.config), f"run_root={tmp_path}", *settings, options="")
-    (said,) = error_lines(done.stderr)
-    assert line in said and done.returncode == 2 and not (tmp_path / "tiny").exists()
+    code, text = run_deepspeed(ssh_hosts, hostfile, str(small_run.config), f"run_root={tmp_path}", *settings, options="")
+    (said,) = error_lines(text)
+    assert line in said and code == 2 and not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "hosts"),
+    [(signal.SIGUSR1, "", ("first", "second")), (signal.SIGTERM, MPI_OF_TWO, ADDRESSES)],
+    ids=["USR1, pdsh", "TERM, openmpi"],
+)
+def test_deepspeeds_script_hands_signals_to_the_ranks(
+    ssh_hosts: SshHosts, pair_run: SmallRun, tmp_path: Path, number: signal.Signals, options: str, hosts: tuple[str, str]
+) -> None:
+    hostfile, log, run = tmp_path / "hosts", tmp_path / "log", tmp_path / "tiny"
+    hostfile.write_text(f"{hosts[0]} slots=1\n{hosts[1]} slots=1\n")
+    settings = (str(pair_run.config), f"run_root={tmp_path}", "train.steps=100000")
+    options = f"--master_port {free_port()} {options}"
+    script = start_deepspeed(ssh_hosts, hostfile, *settings, options=options, log=log)
+    wait_until(lambda: (run / "metrics.jsonl").exists() or script.poll() is not None, seconds=200, what="a step")
+    script.send_signal(number)
+    script.wait(120)
+    last = max(losses(run), default=0)
+    assert (run / f"checkpoints/step-{last:08d}").is_dir(), log.read_text()
+    assert f"stopped after step {last} of 100000, as a signal asked" in (run / "logs/rank-00000.log").read_text()
+    wait_until(lambda: not processes(tmp_path), seconds=60, what="the end of all processes", often=0.5)
+    assert script.returncode == 75, log.read_text()
 
 
 def test_two_torchrun_agents_give_the_losses_of_one_machine(

@@ -53,7 +53,9 @@ def test_too_few_arguments_are_answered_with_the_usage(script: str, arguments: l
 def test_torchruns_script_hands_signals_to_the_ranks(tmp_path: Path) -> None:
     config, run = write_run(tmp_path, train={"steps": 100_000}, checkpoint={"interval": None}), tmp_path / "runs/tiny"
     command = ["launch/torchrun/run.sh", "1", "2", "localhost", str(config), "parallel.tensor=2"]
-    environment = clean_environment(PYTHON=sys.executable, RDZV_PORT=str(free_port()), RDZV_ID=tmp_path.name)
+    environment = clean_environment(
+        PYTHON=sys.executable, RDZV_PORT=str(free_port()), TORCHRUN_ARGS="--rdzv-backend static --node-rank 0"
+    )
     with open(tmp_path / "log", "wb") as log:
         script = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
