@@ -24,7 +24,7 @@ lint: setup
 
 test: lint
 	sh tests/install_tools.sh
-	$(VENV)/bin/python -m pytest $(AT_ONCE)
+	$(VENV)/bin/python -m pytest $(AT_ONCE) -rs
 
 parity: setup
 	$(VENV)/bin/python -m pytest $(AT_ONCE) --dist load -m parity_all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
@@ -34,8 +35,8 @@ def main(run: Path) -> int:
 
 def facts(folder: RunFolder) -> Iterator[tuple[str, str]]:
     """(what, how it stands)."""
-    if (job := submitted_job(folder.path)) is not None:
-        yield "job", describe_job(str(job["job"]), needed=job.get("nodes"))
+    if (job := last_job(folder.path)) is not None:
+        yield "job", describe_job(job[0], needed=job[1])
     total = f" of {load_config(folder.config_file).num_steps:,}" if folder.config_file.is_file() else ""
     row = last_row(folder.path / "metrics.jsonl")
     if row is None:
@@ -50,13 +51,18 @@ def facts(folder: RunFolder) -> Iterator[tuple[str, str]]:
     yield "checkpoint", f"step {step_of(newest[0].name):,}, {ago(newest[0])}" if newest else "none yet"
 
 
-def submitted_job(run: Path) -> dict[str, Any] | None:
-    """What `megatronish submit` said of the job that it submitted last."""
-    try:
-        found = json.loads((run / "submit" / JOB_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "job" in found else None
+def last_job(run: Path) -> tuple[str, int | None] | None:
+    """Number of the Slurm job that was submitted or began last, and how many nodes its ranks take, if `megatronish submit` said."""
+    file = run / "submit" / JOB_FILE
+    jobs: list[tuple[float, str, int | None]] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        said = json.loads(file.read_text())
+        jobs.append((file.stat().st_mtime, str(said["job"]), said.get("nodes")))
+    # Each job of slurm/pretrain.sbatch keeps count of its lives there.
+    for path in (run / "lives").glob("*"):
+        if path.name.isdecimal() and path.name not in {job for _, job, _ in jobs}:
+            jobs.append((path.stat().st_mtime, path.name, None))
+    return max(jobs, key=lambda job: job[0])[1:] if jobs else None
 
 
 def describe_job(job: str, *, needed: int | None) -> str:
@@ -65,7 +71,9 @@ def describe_job(job: str, *, needed: int | None) -> str:
         done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return f"{job}; Slurm does not answer on this machine"
-    said = dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
+    # Of the number of a job array it shows every element.
+    own = [line for line in done.stdout.splitlines() if line.startswith(f"JobId={job} ")]
+    said = dict(re.findall(r"(\S+?)=(\S*)", own[0] if own else ""))
     if done.returncode != 0 or "JobState" not in said:
         return f"{job}; Slurm does not know it any more"
     reason = f" ({said['Reason']})" if said.get("Reason", "None") != "None" else ""

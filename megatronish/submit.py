@@ -3,6 +3,7 @@ values filled in, to run from a copy of the code in the run folder."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -144,7 +145,8 @@ def rehearse(config_path: str, overrides: Sequence[str], request: Request) -> bo
     from megatronish.preflight import command
 
     options = command.Options(nodes=request.nodes, gpus_per_node=request.gpus_per_node, device_kind=request.device_kind)
-    return command.main(config_path, list(overrides), options) == 0
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the script, with --dry-run
+        return command.main(config_path, list(overrides), options) == 0
 
 
 def find_template() -> str:

@@ -56,12 +56,12 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return int(done.stdout.split(";")[0])
 
-    def job(self, number: int) -> dict[str, str]:
+    def job(self, number: int | str) -> dict[str, str]:
         """What scontrol says of a job."""
         text = self.command("scontrol", "-o", "show", "job", str(number), cwd=self.base).stdout
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait(self, number: int, *, states: Sequence[str] = ENDED, seconds: float = 600) -> dict[str, str]:
+    def wait(self, number: int | str, *, states: Sequence[str] = ENDED, seconds: float = 600) -> dict[str, str]:
         """Until the job is in one of the states."""
         end = time.monotonic() + seconds
         while (job := self.job(number)).get("JobState") not in states:

@@ -142,6 +142,8 @@ def test_a_killed_rank_and_a_requeue_cost_nothing_but_time(
     text = job.text()
     assert "a fault; back into the queue" in text and "first failure: rank " in text and "one was killed" in text, text
     wait_until(lambda: RESUMED.search(job.text()) is not None, seconds=200, what="life 2")
+    status = cluster.command(*MEGATRONISH, "status", str(job.run), cwd=tmp_path)
+    assert f"{job.number} RUNNING" in status.stdout and "last failure:" in status.stdout, status.stdout + status.stderr
     job.wait_until_at_work(2)
     print(f"killed rank: at work again after {time.monotonic() - began:.0f} s")
     cluster.command("scontrol", "requeue", str(job.number), cwd=root)

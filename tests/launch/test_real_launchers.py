@@ -17,7 +17,7 @@ from megatronish.parallel.launchers import free_port
 from tests.launch.cluster import Cluster, processes
 from tests.launch.conftest import SmallRun
 from tests.launch.ssh_hosts import SshHosts
-from tests.small_run import clean_environment, error_lines, losses, wait_until
+from tests.small_run import clean_environment, error_lines, losses, megatronish, wait_until, write_tokens
 
 # Eight processes that import torch on two cores that others use too.
 pytestmark = pytest.mark.timeout(900)
@@ -30,17 +30,28 @@ def places(run: Path) -> list[str]:
     return [pattern.findall(log.read_text())[0] for log in sorted((run / "logs").iterdir())]
 
 
-def test_sbatch_gives_the_losses_of_one_machine(cluster: Cluster, small_run: SmallRun, root: Path, tmp_path: Path) -> None:
-    log = tmp_path / "job.log"
+def test_sbatch_gives_the_losses_of_one_machine(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    # The demo's model, layout and numbers; its own tokens take a minute to make.
+    write_tokens(tmp_path / "train", seed=1, num_documents=600)
+    settings = [
+        f"data.train={tmp_path}/train",
+        "data.validation=null",
+        "data.tokenizer=null",
+        "train.eval_interval=0",
+        "train.steps=3",
+    ]
+    here = megatronish("train", "configs/demo_cpu.yaml", *settings, f"run_root={tmp_path}/here", "--nproc", "8", timeout=600)
+    assert here.returncode == 0, here.stderr
+    log, run = tmp_path / "job.log", tmp_path / "there/demo_cpu"
     job = cluster.submit(
-        *TASKS, f"--output={log}", "launch/slurm/pretrain.sbatch", str(small_run.config), f"run_root={tmp_path}",
+        *TASKS, f"--output={log}", "launch/slurm/pretrain.sbatch", "configs/demo_cpu.yaml", *settings, f"run_root={run.parent}",
         cwd=root, PYTHON=sys.executable,
     )  # fmt: skip
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
-    assert losses(tmp_path / "tiny") == small_run.losses
+    assert losses(run) == losses(tmp_path / "here/demo_cpu") and len(losses(run)) == 3
     launcher = f"launcher: srun (job {job}, step 0)"
-    assert places(tmp_path / "tiny") == [f"{rank} of 8 (local {rank % 2} of 2), {launcher}" for rank in range(8)]
+    assert places(run) == [f"{rank} of 8 (local {rank % 2} of 2), {launcher}" for rank in range(8)]
     assert f"job {job}, life 1: 8 ranks on 4 nodes (node[001-004])" in log.read_text()
 
 

@@ -12,6 +12,7 @@ import pytest
 from megatronish.errors import UserError
 from megatronish.submit import Request, find_template, render, seconds_of
 from tests.launch.cluster import Cluster
+from tests.launch.conftest import SmallRun
 from tests.small_run import error_lines, megatronish
 
 
@@ -100,3 +101,37 @@ def test_status_of_what_is_no_run_is_one_line(tmp_path: Path) -> None:
     done = megatronish("status", str(tmp_path))
     (line,) = error_lines(done.stderr)
     assert done.returncode == 2 and "is not the folder of a run" in line
+
+
+def test_a_job_is_rehearsed_before_it_is_queued_and_not_again(cluster: Cluster, pair_run: SmallRun, tmp_path: Path) -> None:
+    command = (
+        sys.executable, "-m", "megatronish", "submit", str(pair_run.config), f"run_root={tmp_path}",
+        "--nodes=1", "--gpus-per-node=2", "--device=cpu", "--dry-run",
+    )  # fmt: skip
+    first, second = (cluster.command(*command, cwd=tmp_path, timeout=200) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "sound" in first.stderr and "has a certificate of" in second.stderr
+    # What --dry-run prints is a script.
+    assert first.stdout.startswith("#!/bin/bash") and re.sub(r"\d{8}-\d{6}", "", first.stdout) == re.sub(
+        r"\d{8}-\d{6}", "", second.stdout
+    )
+
+
+@pytest.mark.slow_faults
+@pytest.mark.parametrize(("config", "nodes"), [("gpt3_175b", 128), ("gpt_1t", 384)])
+def test_the_largest_configs_pass_every_check_before_the_queue(
+    config: str, nodes: int, cluster: Cluster, root: Path, tmp_path: Path
+) -> None:
+    command = (
+        sys.executable,
+        "-m",
+        "megatronish",
+        "submit",
+        f"configs/{config}.yaml",
+        f"run_root={tmp_path}",
+        "--nodes",
+        str(nodes),
+    )
+    done = cluster.command(*command, "--partition", "big", "--dry-run", cwd=root, timeout=800)
+    assert done.returncode == 0 and "sound" in done.stderr, done.stderr
+    assert re.search(rf"to start at .* on nodes gpu\[0001-0{nodes}\] in partition big", done.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -14,23 +13,15 @@ import pytest
 
 from tests.launch.cluster import Cluster
 from tests.launch.conftest import skip_without_slurm
+from tests.launch.stand_in import write_stand_in
 from tests.small_run import wait_until
 
 pytestmark = [pytest.mark.slow_faults, pytest.mark.timeout(1800)]
 NODES, SPARES, TASKS = 128, 2, 8
-STAND_IN = """\
-#!/bin/bash
-# In the place of Python: a config that is right, and a rank that says where it is, saves, and waits in the kernel.
-run={run}
-case "$3 $4" in
-"config check") exit 0 ;;
-"config print") echo "$run"; exit 0 ;;
-"train "*) ;;
-*) exec {python} "$@" ;;
-esac
-life=${{SLURM_RESTART_COUNT:-0}}.$SLURM_STEP_ID
+TRAIN = """\
+# Say where this rank is, save, and wait in the kernel.
 echo "$SLURMD_NODENAME" > "$run/here/$life-$SLURM_PROCID"
-[ "$SLURM_PROCID" -ne 0 ] || mkdir -p "$run/checkpoints/step-0000000$SLURM_STEP_ID"
+[ "$SLURM_PROCID" -ne 0 ] || save "$life"
 exec cat "$run/gate"
 """
 
@@ -50,31 +41,30 @@ def wide_cluster() -> Iterator[Cluster]:
 
 
 def test_a_thousand_ranks_lose_a_node_and_are_back_on_the_spares(wide_cluster: Cluster, root: Path, tmp_path: Path) -> None:
-    run, log, python = tmp_path / "run", tmp_path / "job.log", tmp_path / "python"
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    python = write_stand_in(tmp_path / "python", run, TRAIN)
     (run / "here").mkdir(parents=True)
     os.mkfifo(run / "gate")
-    python.write_text(STAND_IN.format(run=run, python=sys.executable))
-    python.chmod(0o755)
 
-    def nodes_of(step: int) -> Counter[str]:
-        return Counter(path.read_text().strip() for path in (run / "here").glob(f"0.{step}-*"))
+    def nodes_of(life: int) -> Counter[str]:
+        return Counter(path.read_text().strip() for path in (run / "here").glob(f"{life}-*"))
 
-    def all_here(step: int) -> bool:
-        return len(list((run / "here").glob(f"0.{step}-*"))) == NODES * TASKS and "" not in nodes_of(step)
+    def all_here(life: int) -> bool:
+        return len(list((run / "here").glob(f"{life}-*"))) == NODES * TASKS and "" not in nodes_of(life)
 
     began = time.monotonic()
     job = wide_cluster.submit(
         f"--nodes={NODES + SPARES}", f"--ntasks-per-node={TASKS}", "--cpus-per-task=1", "--gpus-per-node=0", "--no-kill",
         f"--output={log}", "launch/slurm/pretrain.sbatch", "config.yaml", cwd=root, PYTHON=str(python), SPARES=str(SPARES),
     )  # fmt: skip
-    wait_until(lambda: all_here(0), seconds=400, what="1,024 ranks", often=0.5)
+    wait_until(lambda: all_here(1), seconds=400, what="1,024 ranks", often=0.5)
     print(f"{NODES * TASKS} ranks after {time.monotonic() - began:.0f} s")
-    assert nodes_of(0) == {f"node{number:03d}": TASKS for number in range(1, NODES + 1)}
+    assert nodes_of(1) == {f"node{number:03d}": TASKS for number in range(1, NODES + 1)}
     lost, began = "node077", time.monotonic()
     wide_cluster.run("crash", lost)
-    wait_until(lambda: all_here(1), seconds=600, what="1,024 ranks again", often=0.5)
+    wait_until(lambda: all_here(2), seconds=600, what="1,024 ranks again", often=0.5)
     print(f"all back {time.monotonic() - began:.0f} s after the crash")
-    back = nodes_of(1)
+    back = nodes_of(2)
     assert lost not in back and set(back.values()) == {TASKS} and len(back) == NODES
     os.close(os.open(run / "gate", os.O_WRONLY))
     ended = wide_cluster.wait(job)
