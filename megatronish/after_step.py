@@ -84,7 +84,7 @@ class AfterStep:
         self.profile.before(first_step)
 
     def __call__(self, result: StepResult) -> bool:
-        """Log, evaluate, sample and save as the config says, and on log steps as RUN/STOP, RUN/SAVE and signals ask. Collective
+        """Log, evaluate, sample and save as the config says, and as RUN/STOP, RUN/SAVE and signals ask. Collective
         over the job. Returns whether the run goes on: False after the last step, on request, and where early stopping ends it."""
         with phase("after", result.step):
             return self._follow(result)
@@ -94,10 +94,12 @@ class AfterStep:
         self.saver.between_steps()
         is_last = step == config.num_steps
         must_save = is_last or _is_due(step, config.checkpoint.interval)
-        if _is_due(step, config.observe.log_interval) or must_save or self._since[0] == 0:
-            asked = self.requests.ask(world=self.run.mesh.groups["world"], device=self.run.mesh.device)
+        must_report = _is_due(step, config.observe.log_interval) or must_save or self._since[0] == 0
+        if must_report or self.requests.is_due(step):
+            asked = self.requests.ask(step, world=self.run.mesh.groups["world"], device=self.run.mesh.device)
             if asked.superseded:
                 raise Superseded(f"{self.around.folder.path} is another life's by now: this one ends after step {step}, unsaved")
+        if must_report or asked != Requests():
             self.report(result)
         if _is_due(step, config.train.eval_interval) or (is_last and config.train.eval_interval):
             with phase("evaluate", step):

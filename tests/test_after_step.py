@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+from megatronish.observe import requests
 from megatronish.trainer import StepResult, Trainer
 from tests.ranks import ranks
 from tests.small_run import assert_same_bits, forked, losses, megatronish, saved_tensors, write_run
@@ -18,7 +19,13 @@ CONSTANT = {"schedule": "constant"}
 
 
 def train_and_touch(
-    rank: int, config_file: str, overrides: tuple[str, ...], world_size: int, touched: dict[int, str], run: str
+    rank: int,
+    config_file: str,
+    overrides: tuple[str, ...],
+    world_size: int,
+    touched: dict[int, str],
+    run: str,
+    answer_seconds: float = requests.ANSWER_SECONDS,
 ) -> str:
     """One rank's life, in which the last rank touches RUN/FILE before the steps given."""
     whole = Trainer.train_step
@@ -28,7 +35,7 @@ def train_and_touch(
             (Path(run) / touched[step]).touch()
         return whole(self, step)
 
-    with patch.object(Trainer, "train_step", train_step):
+    with patch.object(Trainer, "train_step", train_step), patch.object(requests, "ANSWER_SECONDS", answer_seconds):
         return train_rank(rank, config_file, overrides, world_size)
 
 
@@ -54,6 +61,14 @@ def test_stop_saves_ends_on_the_next_log_step_and_the_same_command_goes_on(world
     train_life(config, "name=whole", *layout, world_size=world_size)
     assert steps_saved(run) == [8, 20]
     assert_same_bits(saved_tensors(run, 20), saved_tensors(whole, 20))
+
+
+def test_where_steps_are_slow_a_request_does_not_wait_for_a_log_step(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/tiny"
+    layout = ("parallel.tensor=2", "observe.log_interval=8")
+    # As if each step took longer than a request may wait.
+    stderr = ranks(2).run(train_and_touch, str(config), layout, 2, {17: "STOP"}, str(run), answer_seconds=0.0)[0]
+    assert "stopped after step 17 of 20, as RUN/STOP asked" in stderr and steps_saved(run) == [17]
 
 
 def test_save_saves_once_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
