@@ -106,10 +106,11 @@ class ParallelConfig(Section):
     """0: every data rank keeps all optimizer state; 1: each 1/data of it; 2: of the gradients too (Rajbhandari et al. 2020), which
     then travel once a microbatch instead of once a step; 3, with zero_engine=deepspeed: of the parameters too."""
     zero_engine: Literal["native", "deepspeed"] = "native"
-    """Whose optimizer, gradients and ZeRO: ours, or DeepSpeed's engine around the same model and tensor ranks (no pipeline)."""
+    """Whose optimizer, gradients and ZeRO: ours, or DeepSpeed's engine around the same model and tensor ranks (no pipeline; float32
+    or bfloat16)."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """zero_engine=deepspeed only. cpu: optimizer state and its update on the host (Ren et al. 2021); nvme, with zero_stage=3: state
-    on a disk, brought to the host for its update (Rajbhandari et al. 2021)."""
+    """zero_engine=deepspeed only. cpu: optimizer state and its update on the host (Ren et al. 2021); nvme, with zero_stage=3 and
+    float32: state on a disk, brought to the host for its update (Rajbhandari et al. 2021)."""
     offload_path: Text | None = None
     """offload=nvme only: a folder on a fast disk of each node. There is none that fits every machine, so it must be given."""
     timeout_seconds: PositiveFloat = 600.0
@@ -191,7 +192,7 @@ class OptimConfig(Section):
     grad_reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """Of gradients on their way between data ranks; that of the accumulated gradients (float32, so nothing is rounded) when not
     given. bfloat16: what a rank has accumulated is rounded once, as are the partial sums on the way; sums over other axes come
-    before it (zero_stage 2: after it) in float32. With zero_stage 2 each microbatch travels, and is added up in float32."""
+    before it (zero_stage 2: after it) in float32. With zero_stage 2 and 3 each microbatch travels, and is added up in float32."""
 
 
 class BatchRamp(Section):

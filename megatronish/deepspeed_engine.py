@@ -33,6 +33,7 @@ from megatronish.deepspeed_settings import engine_settings
 from megatronish.layout import ParamLayout, Rectangle
 from megatronish.optim.buckets import Bucket, decays
 from megatronish.optim.grad_buffer import GradBuffer
+from megatronish.optim.grad_norm import square_sum
 from megatronish.optim.parameters import FlatParameters
 from megatronish.optim.zero import STATES, saved_boxes
 from megatronish.parallel.mesh import Mesh
@@ -40,10 +41,12 @@ from megatronish.pipeline.stage import LossFunction, Stage
 from megatronish.trainer import Trainer
 
 _TAKEN = {
-    True: ("_get_norm_groups", "fp32_partitioned_groups_flat"),
-    False: ("scaled_global_norm", "single_partition_of_fp32_groups"),
+    "DeepSpeedZeroOptimizer": ("scaled_global_norm", "_given_norm", "single_partition_of_fp32_groups"),
+    "DeepSpeedZeroOptimizer_Stage3": ("_get_norm_groups", "_given_norms", "fp32_partitioned_groups_flat"),
+    # bfloat16, stage 1, without offload.
+    "BF16_Optimizer": ("get_grads_for_norm", "_given_gradients", "fp32_groups_flat_partition"),
 }
-"""By whether it is stage 3: where the engine's optimizer computes its norm, and where it keeps its slices."""
+"""By class of the engine's optimizer: what it takes its norm from, our method in its place, and where it keeps its slices."""
 
 
 class EngineParameters(FlatParameters):
@@ -60,6 +63,10 @@ class EngineParameters(FlatParameters):
         """The name of a parameter that is not finite, for an error message. Waits for the device."""
         bad = (name for name, p in self.by_name.items() if not read_scalar(torch.isfinite(_held(p)).all(), 1.0))
         return next(bad, None)
+
+
+def _nothing(*given: Any, **named: Any) -> None:
+    """In the place of a second search for what is not finite: the norm has told."""
 
 
 def _held(parameter: nn.Parameter) -> Tensor:
@@ -154,7 +161,7 @@ class EngineOptimizer:
         """The engine's own optimizer; it is asked for its norm, and given it."""
         self._its_norm: Any = None
         self._norm: Any = None
-        """The norm of this step; -1, which the engine takes for an invalid one, to drop the step."""
+        """The norm of this step; NaN, which the engine takes for an invalid one, to drop the step."""
         self._has_gradients = False
         self._loaded: dict[tuple[str, str], Tensor] = {}
 
@@ -197,9 +204,10 @@ class EngineOptimizer:
             dist_init_required=False,
         )
         self._zero = self.engine.optimizer
-        norm, slices = _TAKEN[self._is_stage_3]
+        norm, given, slices = _TAKEN[type(self._zero).__name__]
         self._its_norm = getattr(self._zero, norm)
-        setattr(self._zero, norm, self._given_norms if self._is_stage_3 else self._given_norm)
+        setattr(self._zero, norm, getattr(self, given))
+        self._zero.check_overflow = _nothing
         if self.config.parallel.offload == "nvme":
             self._zero.optimizer_swapper.swap_out_gradients = self._keep_gradients
         # Before the first update there is no state: a checkpoint could be neither loaded nor saved.
@@ -223,6 +231,10 @@ class EngineOptimizer:
     @property
     def _is_stage_3(self) -> bool:
         return self.config.parallel.zero_stage == 3
+
+    @property
+    def _reduces_whole_gradients(self) -> bool:
+        return type(self._zero).__name__ == "BF16_Optimizer"
 
     def _is_swapped(self, group: int) -> bool:
         """Whether the state of a group of stage 3 is on disk. What is under 1 MiB, or aio.block_size, stays in memory."""
@@ -250,13 +262,16 @@ class EngineOptimizer:
 
     def norm(self) -> Tensor:
         """Global L2 norm of the reduced gradients, before clipping; infinite where one is not finite. Collective over the job."""
-        if not self._is_stage_3:
+        if self._reduces_whole_gradients:
+            gradients, _ = self._its_norm()
+            total = torch.stack([square_sum(gradient) for gradient in gradients]).sum()
+            norm = all_reduce(total, self.mesh.groups["tp"], what="gradient norm").sqrt()
+        elif self._is_stage_3:
+            norm = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups(self._its_norm())
+        else:
             self._zero._wait_for_offload_copies()
-        norms = self._its_norm()
-        if self._is_stage_3:
-            combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
-            norms = combine(norms)
-        norm = torch.as_tensor(norms, dtype=torch.float32, device=self.mesh.device)
+            norm = self._its_norm()
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.mesh.device)
         # It says -1 where a part is not finite.
         self._norm = torch.where((norm >= 0) & torch.isfinite(norm), norm, math.inf)
         return self._norm
@@ -276,10 +291,13 @@ class EngineOptimizer:
     def _drop_step(self) -> None:
         """Let go of the gradients, with nothing updated: the engine's way with an invalid norm, which we tell of ourselves."""
         LOGGER.setLevel(logging.ERROR)
-        self._finish_step(-1.0)
+        self._finish_step(torch.full((), math.nan, device=self.mesh.device))
         LOGGER.setLevel(logging.WARNING)
+        if not self._is_stage_3 and not self._reduces_whole_gradients:
+            # With offload it would add the next step's to them.
+            self._zero.averaged_gradients.update(dict.fromkeys(self._zero.averaged_gradients))
 
-    def _finish_step(self, norm: Tensor | float) -> None:
+    def _finish_step(self, norm: Tensor) -> None:
         self._norm = norm
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
@@ -290,6 +308,12 @@ class EngineOptimizer:
 
     def _given_norms(self) -> list[Any]:
         return [self._norm]
+
+    def _given_gradients(self, for_clipping: bool = False) -> Any:
+        """One number whose norm is the given one: squares are added up over tensor ranks."""
+        if for_clipping:
+            return self._its_norm(for_clipping=True)
+        return [self._norm.view(1) * float(self.mesh.index("tp") == 0)], {}
 
     def _keep_gradients(self, parameter: Tensor, gradient_offsets: list[int], gradient_tensors: list[Tensor]) -> None:
         """In the place of the engine's way with a group's gradients: it reads them from disk to addresses that direct I/O refuses

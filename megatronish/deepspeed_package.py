@@ -60,5 +60,8 @@ def import_deepspeed(mesh: Mesh) -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On CPU it would compile its own collectives over shared memory at the first start, for minutes; gloo's are there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its optimizer for bfloat16 and ZeRO 1 prints the memory eight times at the start.
+    bf16_optimizer: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+    bf16_optimizer.see_memory_usage = lambda *given, **named: None
     add_scripts_to_path()
     return deepspeed

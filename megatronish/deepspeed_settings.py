@@ -22,6 +22,8 @@ FILE_NAME = "ds_config.json"
 """In the run folder: what the engine got."""
 
 ACCUMULATION = "train.global_batch_size / (train.micro_batch_size x data ranks)"
+OF_THE_WORLD = ("gradient_accumulation_steps", "communication_data_type")
+"""Depend on the number of data ranks."""
 DECIDED_BY = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -35,6 +37,7 @@ DECIDED_BY = {
     "zero_optimization.offload_optimizer.device": "parallel.offload",
     "zero_optimization.offload_optimizer.nvme_path": "parallel.offload_path",
     "bf16.enabled": "train.dtype",
+    "communication_data_type": "optim.grad_reduce_dtype",
     "fp16.enabled": "train.dtype",
 }
 """The key of our config that decides a setting; for those that are not here, the way we run the engine does."""
@@ -83,8 +86,6 @@ ELSEWHERE = {
     "activation_checkpointing": "parallel.recompute decides it",
     "checkpoint": "checkpoints are ours, see checkpoint",
     "amp": "train.dtype decides it",
-    "data_types": "gradients are added up in float32",
-    "communication_data_type": "gradients travel in float32",
     "pipeline": "there are no stages",
     "tensor_parallel": "parallel.tensor decides it",
 }
@@ -112,7 +113,7 @@ def check_engine(config: Config, world_size: int | None) -> None:
         check_async_io()
     given = read_given(config)
     if world_size is None and config.parallel.data is None:
-        given.pop("gradient_accumulation_steps", None)
+        given = {name: value for name, value in given.items() if name not in OF_THE_WORLD}
     ours = settings_of(config, world_size or config.parallel.tensor * (config.parallel.data or 1))
     raise_problems(config, list(conflicts(ours, given)))
 
@@ -135,6 +136,7 @@ def require_native(config: Config, command: str) -> None:
 def settings_of(config: Config, world_size: int) -> dict[str, Any]:
     """The settings that follow from our config alone."""
     optim, train, parallel = config.optim, config.train, config.parallel
+    num_replicas = config.data_parallel_size(world_size)
     offload = {"device": parallel.offload, **({"nvme_path": parallel.offload_path} if parallel.offload == "nvme" else {})}
     return {
         "train_batch_size": train.global_batch_size,
@@ -157,8 +159,11 @@ def settings_of(config: Config, world_size: int) -> dict[str, Any]:
         "zero_optimization": {"stage": parallel.zero_stage, "offload_optimizer": offload},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": False},
+        "bf16": {"enabled": train.dtype == "bfloat16", "immediate_grad_update": True, "check_grad_overflow": True},
         "fp16": {"enabled": False},
+        # Else both are bfloat16 where parameters are.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "bf16" if optim.grad_reduce_dtype == "bfloat16" and num_replicas > 1 else "fp32",
     }
 
 

@@ -331,19 +331,22 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         ("parallel.sequence=true", "zero_engine to native"),
     ),
     "train.dtype of parallel.zero_engine=deepspeed": (
-        {"parallel": {"zero_engine": "deepspeed"}, "train": {"dtype": "bfloat16"}},
+        {"parallel": {"zero_engine": "deepspeed"}, "train": {"dtype": "float16"}},
         None,
-        ("train.dtype=bfloat16", "float32"),
-    ),
-    "optim.grad_reduce_dtype of parallel.zero_engine=deepspeed": (
-        {"parallel": {"zero_engine": "deepspeed"}, "optim": {"grad_reduce_dtype": "bfloat16"}},
-        None,
-        ("bfloat16", "zero_engine to native"),
+        ("train.dtype=float16", "bfloat16 or float32"),
     ),
     "parallel.offload=nvme needs parallel.zero_stage=3": (
         {"parallel": {"zero_engine": "deepspeed", "zero_stage": 2, "offload": "nvme", "offload_path": "/disk"}},
         None,
         ("parallel.zero_stage=2", "parallel.offload to cpu"),
+    ),
+    "parallel.offload=nvme needs train.dtype=float32": (
+        {
+            "parallel": {"zero_engine": "deepspeed", "zero_stage": 3, "offload": "nvme", "offload_path": "/disk"},
+            "train": {"dtype": "bfloat16"},
+        },
+        None,
+        ("train.dtype=bfloat16", "parallel.offload to cpu"),
     ),
     "parallel.offload_path goes with parallel.offload=nvme": (
         {"parallel": {"zero_engine": "deepspeed", "zero_stage": 3, "offload": "nvme"}},

@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,37 @@ from tests.small_run import losses, megatronish, saved_tensors, write_run
 STEPS = 4
 SAVED = 3
 
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Of losses: absolute. Of norms: relative. Of a state: of its largest element, or L2 of its L2 norm."""
+
+    loss: float
+    norm: float
+    largest: float = math.inf
+    square: float = math.inf
+
+
 # Losses near 4.6 in float32, whose last bit is 4.8e-7 there: four of them.
-LOSS_TOLERANCE = 2e-6
-# Gradients are summed in another order, and the weights they come from drift apart by the tolerance below: seen, 7e-6.
-NORM_TOLERANCE = 5e-5
-# Of a tensor's largest element. Adam divides by the root of the second moment: where a gradient is near zero its rounding decides
-# part of an update of up to lr = 0.01. Seen: 9e-5 after six steps, in a bias that started at zero. A step left out gives 1e-1.
-STATE_TOLERANCE = 4e-4
+# Gradients are summed in another order, and the weights they come from drift apart by the states' tolerance: seen, 7e-6.
+# Adam divides by the root of the second moment: where a gradient is near zero its rounding decides part of an update of up to
+# lr = 0.01. Seen: 9e-5 after six steps, in a bias that started at zero. A step left out gives 1e-1.
+FLOAT32 = Tolerance(loss=2e-6, norm=5e-5, largest=4e-4)
+# One step from the same checkpoint in bfloat16. Forward is the same. A gradient reaches the engine rounded to bfloat16, once a
+# microbatch: each element, so their norm too, by at most u = 2^-9 = 2e-3, its square by 2 u; a tied weight's twice. Both add them
+# up in float32. Seen: norms 9e-5, moments 4e-3. With a clip left out a moment is off by 1e2 of itself, with a wrong number of ranks
+# or microbatches to average over the norm by 0.5: `test_what_is_wrong_in_bfloat16_...`.
+BFLOAT16_STEP = Tolerance(loss=2e-4, norm=2e-3, square=1e-2)
+# Several steps: masters differ by some of u x lr, and a weight that is then rounded the other way by u of itself. Seen: 3e-4 of a
+# loss. Float32 from the same start is 1.6e-3 away, a run that loses a microbatch 9e-3. States are no measure here: where a
+# gradient is zero but for rounding (the bias of keys) Adam makes steps of lr of it.
+BFLOAT16_RUN = Tolerance(loss=1e-3, norm=1e-2)
 
 
-def with_engine(case: Case, engine: str, **parallel: Any) -> Config:
+def with_engine(case: Case, engine: str, *, reduce_dtype: str | None = None, **parallel: Any) -> Config:
     """The case's run, on one of the engines."""
     config = case.config()
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"grad_reduce_dtype": reduce_dtype})})
     if engine == "deepspeed":
         config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_engine": engine, **parallel})})
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": STEPS})})
@@ -150,41 +171,102 @@ def saved(folder: Path) -> dict[str, Tensor]:
     return saved_tensors(folder, STEPS)
 
 
+def beyond(tolerance: Tolerance, pairs: Iterable[tuple[tuple[float, float], tuple[float, float]]]) -> str | None:
+    """The first (loss, norm) that differs from what is wanted by more."""
+    for (loss, norm), (wanted_loss, wanted_norm) in pairs:
+        if not (abs(loss - wanted_loss) < tolerance.loss and abs(norm - wanted_norm) < tolerance.norm * wanted_norm):
+            return f"{loss, norm} for {wanted_loss, wanted_norm}"
+    return None
+
+
+def states_beyond(tolerance: Tolerance, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """The first tensor that differs by more."""
+    assert got.keys() == wanted.keys()
+    for name, values in wanted.items():
+        difference = got[name] - values
+        if difference.abs().max() > tolerance.largest * values.abs().max() or difference.norm() > tolerance.square * values.norm():
+            return f"{name} by {difference.norm() / values.norm():.1e}"
+    return None
+
+
+FULL = partial(Case, dtype="float32")
+HALF = partial(Case, dtype="bfloat16")
+GPT2 = {"architecture": "gpt2", "tie_embeddings": True, "dropout": 0.1}
+
+
 @pytest.mark.parametrize(
     ("case", "parallel"),
     [
-        (Case(dp=2), {"zero_stage": 1}),
-        (Case(dp=2, recompute="selective"), {"zero_stage": 2, "offload": "cpu"}),
-        (Case(dp=2, architecture="gpt2", tie_embeddings=True, dropout=0.1), {"zero_stage": 3}),
-        (Case(tp=2), {"zero_stage": 1, "offload": "cpu"}),
-        (Case(tp=2, dp=2), {"zero_stage": 2}),
-        (Case(tp=2, dp=2), {"zero_stage": 3, "offload": "cpu"}),
-        (Case(dp=2), {"offload": "nvme"}),
-        (Case(tp=2, dp=2), {"offload": "nvme"}),
+        (FULL(dp=2), {"zero_stage": 1}),
+        (FULL(dp=2, recompute="selective"), {"zero_stage": 2, "offload": "cpu"}),
+        (FULL(dp=2, **GPT2), {"zero_stage": 3}),
+        (FULL(tp=2), {"zero_stage": 1, "offload": "cpu"}),
+        (FULL(tp=2, dp=2), {"zero_stage": 2}),
+        (FULL(tp=2, dp=2), {"zero_stage": 3, "offload": "cpu"}),
+        (FULL(dp=2), {"offload": "nvme"}),
+        (FULL(tp=2, dp=2), {"offload": "nvme"}),
+        (HALF(dp=2, recompute="selective"), {"zero_stage": 1, "reduce_dtype": "bfloat16"}),
+        (HALF(tp=2), {"zero_stage": 1}),
+        (HALF(tp=2), {"zero_stage": 1, "offload": "cpu"}),
+        (HALF(dp=2, **GPT2), {"zero_stage": 2}),
+        (HALF(dp=2, zero_stage=2), {"zero_stage": 2, "offload": "cpu", "reduce_dtype": "bfloat16"}),
+        (HALF(tp=2, dp=2), {"zero_stage": 3, "offload": "cpu"}),
     ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value.layout,
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else f"{value.dtype}-{value.layout}",
 )
 def test_deepspeed_engine_equals_ours_and_each_goes_on_from_the_other(case: Case, parallel: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    case = replace(case, dtype="float32", num_microbatches=2)
+    case = replace(case, num_microbatches=2)
     if parallel.get("offload") == "nvme":
         compiled_async_io()
         parallel = nvme(tmp_path)
+    run, step = (FLOAT32, FLOAT32) if case.dtype == "float32" else (BFLOAT16_RUN, BFLOAT16_STEP)
+    compared = [
+        ("deepspeed", "native", run),
+        ("deepspeed after native", "native", step),
+        ("native after deepspeed", "deepspeed", step),
+    ]
     for seen in ranks(case.world_size).run(train_both, case, parallel, tmp_path):
-        native = seen.scalars["native"]
         if parallel.get("offload") == "nvme":
             # Master weights and two moments, but for the groups that are under 4 KiB.
             assert seen.swapped > 0.8 * seen.state_bytes
-        for name, scalars in seen.scalars.items():
-            for (loss, norm), (wanted_loss, wanted_norm) in zip(scalars, native[-len(scalars) :], strict=True):
-                assert abs(loss - wanted_loss) < LOSS_TOLERANCE, name
-                assert abs(norm - wanted_norm) < NORM_TOLERANCE * wanted_norm, name
-    wanted = saved(tmp_path / "native at the end")
-    for name in ("deepspeed", "native after deepspeed", "deepspeed after native"):
-        got = saved(tmp_path / f"{name} at the end")
-        assert got.keys() == wanted.keys()
-        for tensor, values in wanted.items():
-            assert (got[tensor] - values).abs().max() < STATE_TOLERANCE * values.abs().max(), f"{name}: {tensor}"
+        for name, wanted, tolerance in compared:
+            pairs = zip(reversed(seen.scalars[name]), reversed(seen.scalars[wanted]), strict=False)
+            assert (found := beyond(tolerance, pairs)) is None, f"{name}, {wanted}: {found}"
+    states = {name: saved(tmp_path / f"{name} at the end") for name in seen.scalars}
+    for name, wanted, tolerance in compared:
+        assert (found := states_beyond(tolerance, states[name], states[wanted])) is None, f"{name}, {wanted}: {found}"
+
+
+def step_with_a_fault(rank: int, case: Case, folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """(loss, norm) by native; and, from its checkpoint, the last step by an engine that does not clip, and one with half of each
+    gradient."""
+    torch.set_num_threads(1)
+    native, engine = with_engine(case, "native"), with_engine(case, "deepspeed")
+    mesh = build_mesh(mesh_shape(native, case.world_size), rank, device=torch.device("cpu"))
+    seen: dict[str, list[tuple[float, float]]] = {}
+    for fault in ("none", "unclipped", "half"):
+        config = native if fault == "none" else engine
+        if fault == "unclipped":
+            config = config.model_copy(update={"optim": config.optim.model_copy(update={"clip_norm": 0.0})})
+        run = build(config, mesh, None if fault == "none" else folder / "none")
+        if fault == "half":
+            run.optimizer.backward = lambda loss, backward=run.optimizer.backward: backward(loss / 2)
+        for result in run.trainer.fit(1 if fault == "none" else STEPS, STEPS):
+            seen.setdefault(fault, []).append((result.loss.item(), result.grad_norm.item()))
+            if result.step == SAVED:
+                save(run, folder / fault, SAVED)
+        save(run, folder / f"{fault} at the end", STEPS)
+    return seen
+
+
+def test_what_is_wrong_in_bfloat16_is_beyond_ten_times_the_tolerance(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    far = Tolerance(*(10 * number for number in vars(BFLOAT16_STEP).values()))
+    (seen, _) = ranks(2).run(step_with_a_fault, HALF(dp=2, num_microbatches=2), tmp_path)
+    unclipped, wanted = (saved(tmp_path / f"{name} at the end") for name in ("unclipped", "none"))
+    assert states_beyond(far, unclipped, wanted) is not None
+    assert beyond(far, [(seen["half"][-1], seen["none"][-1])]) is not None
 
 
 DOWN = "layers.1.mlp.down.weight"
@@ -221,10 +303,19 @@ def train_with_a_bad_step(rank: int, case: Case, parallel: dict[str, Any]) -> tu
     return seen, log, moved
 
 
-@pytest.mark.parametrize("parallel", [{"zero_stage": 1, "offload": "cpu"}, {"zero_stage": 3}], ids=str)
-def test_a_step_that_is_not_finite_never_reaches_the_weights(parallel: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "parallel"),
+    [
+        ("float32", {"zero_stage": 1, "offload": "cpu"}),
+        ("float32", {"zero_stage": 3}),
+        ("bfloat16", {"zero_stage": 1}),
+        ("bfloat16", {"zero_stage": 2, "offload": "cpu"}),
+    ],
+    ids=str,
+)
+def test_a_step_that_is_not_finite_never_reaches_the_weights(dtype: str, parallel: dict[str, Any]) -> None:
     pytest.importorskip("deepspeed")
-    case = Case(dp=2, dtype="float32", num_microbatches=2)
+    case = Case(dp=2, dtype=dtype, num_microbatches=2)
     for seen, log, moved in ranks(2).run(train_with_a_bad_step, case, parallel):
         assert all(map(math.isfinite, seen)), "the losses go on"
         assert log == [f"step 2: the gradient of {DOWN} on rank 1 [pp0 dp1 tp0] is not finite; not applied"]
@@ -237,10 +328,21 @@ def small(**parallel: Any) -> Config:
 
 def test_the_settings_follow_from_the_config() -> None:
     settings = engine_settings(small(zero_stage=2, offload="cpu"), 2)
+    assert settings["bf16"]["enabled"] is False and settings["communication_data_type"] == "fp32"
     assert settings["train_batch_size"] == 12 and settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 0.1
     assert settings["optimizer"]["params"]["betas"] == [0.9, 0.95]
     assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+def test_bfloat16_adds_gradients_up_in_float32_and_sends_what_it_is_told_to() -> None:
+    config = with_engine(HALF(dp=2), "deepspeed", reduce_dtype="bfloat16")
+    assert engine_settings(config, 2)["bf16"]["enabled"] is True
+    assert engine_settings(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert engine_settings(config, 2)["communication_data_type"] == "bf16"
+    assert engine_settings(with_engine(HALF(dp=2), "deepspeed"), 2)["communication_data_type"] == "fp32"
+    alone = with_engine(HALF(dp=1), "deepspeed", reduce_dtype="bfloat16")
+    assert engine_settings(alone, 1)["communication_data_type"] == "fp32", "nothing travels"
 
 
 def test_a_given_file_adds_to_the_settings_and_every_conflict_is_one_line(tmp_path: Path) -> None:
@@ -261,6 +363,9 @@ def test_a_given_file_adds_to_the_settings_and_every_conflict_is_one_line(tmp_pa
     given |= {
         "train_batch_size": 64,
         "fp16": {"enabled": True},
+        "bf16": {"bf16_master_weights_and_grads": True},
+        "communication_data_type": "bf16",
+        "data_types": {"grad_accum_dtype": "bf16"},
         "scheduler": {"type": "WarmupLR"},
         "gradient_cliping": 1.0,
         "optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.999]}},
@@ -278,6 +383,11 @@ def test_a_given_file_adds_to_the_settings_and_every_conflict_is_one_line(tmp_pa
         "zero_optimization.zero_quantized_gradients is not taken over: it may change what is computed, or is unknown; remove it "
         "from the file",
         "fp16.enabled=true contradicts train.dtype, which makes it false; remove it from the file, or change train.dtype",
+        "bf16.bf16_master_weights_and_grads is not taken over: it may change what is computed, or is unknown; remove it from the "
+        "file",
+        'communication_data_type="bf16" contradicts optim.grad_reduce_dtype, which makes it "fp32"; remove it from the file, or '
+        "change optim.grad_reduce_dtype",
+        'data_types.grad_accum_dtype="bf16", but the engine runs with "fp32"; remove it from the file',
         "scheduler is not taken over: the learning rate follows optim.schedule; remove it from the file",
         "gradient_cliping is not taken over: did you mean gradient_clipping?; remove it from the file",
         'optimizer.type="Adam", but the engine runs with "AdamW"; remove it from the file',

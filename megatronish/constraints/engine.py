@@ -45,15 +45,9 @@ ENGINE = (
     _deepspeed_has("parallel.sequence", lambda c: not c.parallel.sequence, lambda c: "true", "set parallel.sequence to false"),
     _deepspeed_has(
         "train.dtype",
-        lambda c: c.train.dtype == "float32",
+        lambda c: c.train.dtype in ("float32", "bfloat16"),
         lambda c: c.train.dtype,
-        "set train.dtype to float32",
-    ),
-    _deepspeed_has(
-        "optim.grad_reduce_dtype",
-        lambda c: c.optim.grad_reduce_dtype in (None, "float32"),
-        lambda c: c.optim.grad_reduce_dtype,
-        "remove optim.grad_reduce_dtype",
+        "set train.dtype to bfloat16 or float32",
     ),
     Constraint(
         name="parallel.offload=nvme needs parallel.zero_stage=3",
@@ -63,6 +57,16 @@ ENGINE = (
         message=lambda c: (
             f"parallel.offload=nvme with parallel.zero_stage={c.parallel.zero_stage}; set parallel.zero_stage to 3, or "
             f"parallel.offload to cpu"
+        ),
+    ),
+    Constraint(
+        name="parallel.offload=nvme needs train.dtype=float32",
+        keys=("parallel.offload", "train.dtype"),
+        applies=lambda c: c.parallel.offload == "nvme",
+        holds=lambda c: c.train.dtype == "float32",
+        message=lambda c: (
+            f"parallel.offload=nvme with train.dtype={c.train.dtype}, which has not been tried; set parallel.offload to cpu, or "
+            f"train.dtype to float32"
         ),
     ),
     Constraint(
