@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatronish
-from megatronish.errors import FAULT, RunStopped, UserError, exit_code_of
+from megatronish.errors import BAD_INPUT, FAULT, RunStopped, UserError, exit_code_of
 
 if TYPE_CHECKING:
     pass
@@ -76,6 +77,7 @@ def check_config(
     config: ConfigFile,
     overrides: Overrides = None,
     world: Annotated[int | None, typer.Option(min=1, help="Number of ranks the run will have.")] = None,
+    require_data: Annotated[bool, typer.Option("--require-data", help="Files that are not here are an error.")] = False,
 ) -> None:
     """Check a config, every problem at once: the fields, how they go together with each other and with the number of ranks, and the
     data and the tokenizer, where they are on this machine."""
@@ -84,6 +86,8 @@ def check_config(
         typer.echo(f"warning: {line}", err=True)
     importlib.import_module("megatronish.deepspeed_settings").check_engine(resolved, world)
     missing = resolved.data.missing_files()
+    if missing and require_data:
+        raise UserError(f"{', '.join(missing)}: not on {socket.gethostname()}")
     if not missing and resolved.data.order == "permutation":  # the other order writes an index
         importlib.import_module("megatronish.surroundings").open_datasets(resolved)
     summary = importlib.import_module("megatronish.config_summary").summary(resolved, world)
@@ -112,7 +116,7 @@ def train(config: ConfigFile, overrides: Overrides = None, nproc: Processes = No
     signals.listen()
     try:
         _finish(importlib.import_module("megatronish.train").main(str(config), overrides or [], nproc, signals))
-    except (UserError, RunStopped, typer.Exit):
+    except (UserError, RunStopped, typer.Exit, ModuleNotFoundError):
         raise
     except Exception:  # as a rank of many ends: a restart may cure it
         importlib.import_module("traceback").print_exc()
@@ -349,6 +353,9 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(exit_code_of(error))
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed for {sys.executable}: run `make setup` in the checkout", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,6 +9,7 @@ their rank.
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import signal
 import sys
@@ -23,7 +24,7 @@ from typing import Protocol
 
 from megatronish import failures
 from megatronish.comm import history
-from megatronish.errors import FAULT, exit_code_of
+from megatronish.errors import BAD_INPUT, FAULT, exit_code_of
 from megatronish.parallel.rendezvous import Place, shared_store
 
 LINGER_SECONDS = 5.0
@@ -35,6 +36,8 @@ _LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 _REPORTED, _FAILED = "reported", "failed"
+CHECKED = "MEGATRONISH_CHECKED"
+"""Set by a batch script that has checked config, data and number of ranks."""
 
 
 class Board(Protocol):
@@ -68,6 +71,8 @@ class RankGuard:
         self.place = place
         self._wait = wait
         self.run_folder: Path | None = None
+        self.has_agreed = False
+        """All ranks have found the same config and data: an error from now on is the job's."""
         self._linger_seconds = linger_seconds
 
     def __enter__(self) -> RankGuard:
@@ -84,8 +89,13 @@ class RankGuard:
         if self.place.world_size > 1:
             raise SystemExit(self._report(error)) from error
 
+    def _code_of(self, error: Exception) -> int | None:
+        """See exit_code_of. What was in order when the batch script looked, and is not here, is this node's fault."""
+        code = exit_code_of(error)
+        return FAULT if code == BAD_INPUT and not self.has_agreed and CHECKED in os.environ else code
+
     def _report(self, error: Exception) -> int:
-        for_user = exit_code_of(error)
+        for_user = self._code_of(error)
         code = for_user or FAULT
         who = f"rank {self.place.rank} of {self.place.world_size}"
         board: Board | None = shared_store(self.place, timeout=datetime.timedelta(seconds=2))
@@ -135,7 +145,7 @@ class RankGuard:
             # An error has left the phase that it came from.
             where=str(entries[-1][0].moment) if entries else "start",
             error=" ".join(text.split()),
-            code=exit_code_of(error) or FAULT,
+            code=self._code_of(error) or FAULT,
             lost_peer=reason is not None,
         )
         failures.leave(self.run_folder, failure)

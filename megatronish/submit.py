@@ -4,6 +4,7 @@ values filled in, to run from a copy of the code in the run folder."""
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shlex
 import shutil
@@ -117,6 +118,7 @@ def main(config_path: str, overrides: list[str], request: Request) -> int:
     if request.dry_run:
         print(script, end="")
         return test_only(script)
+    require_no_job(folder.path)
     folder.prepare(config)
     copy_code(home / "code")
     (home / "config.yaml").write_text(to_yaml(config))
@@ -128,6 +130,15 @@ def main(config_path: str, overrides: list[str], request: Request) -> int:
     print(f"job {job}: {config.name}, {request.world_size:,} ranks on {request.nodes} nodes{spares}, code and config in {home}")
     print(f"watch: squeue -j {job}; megatronish status {folder.path}; tail -F {str(log).replace('%j', job)}")
     return 0
+
+
+def require_no_job(run: Path) -> None:
+    """UserError if the job that was last submitted for this run is not over."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        job = json.loads((run / "submit" / JOB_FILE).read_text())["job"]
+        done = subprocess.run(["squeue", "-h", "-j", str(job), "-o", "%T"], capture_output=True, text=True, check=False)
+        if state := done.stdout.strip():
+            raise UserError(f"job {job} of this run is {state}: a run has one job at a time; scancel {job}, or give another name=")
 
 
 def certified(config: Config, folder: RunFolder, request: Request) -> bool:

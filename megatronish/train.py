@@ -76,6 +76,7 @@ def main(config_path: str, overrides: list[str], nproc: int | None, signals: End
             world = world_group(device_kind=device.type)
             require_agreement(run_facts(config, datasets), world=world, device=device)
             clock.end("agreement")
+            guard.has_agreed = True
             mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device, timeout_seconds=timeout)
             clock.end("groups")
             must_go_on = train_in_folder(config, mesh, datasets, place, clock, signals)

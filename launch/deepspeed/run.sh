@@ -81,17 +81,15 @@ if [ "$launcher" = slurm ]; then
     options=(--no_ssh_check --master_addr "${hosts[0]}" --launcher_args "--nodes=${#hosts[@]} --kill-on-bad-exit=1" "${options[@]}")
 fi
 
-# Signals are the ranks': USR1 and TERM save and end, USR2 asks what they are doing. deepspeed itself would end on them, without its
-# ranks, or kill them. By ssh ranks are found by their command line, as deepspeed finds them; mpirun and srun hand a signal on.
+# deepspeed itself would end on a signal without its ranks, or kill them. By ssh ranks are found by their command line, as deepspeed finds
+# them; mpirun and srun hand a signal on.
 ranks="megatronish --local_rank=[0-9]+ $(sed 's/[^A-Za-z0-9_=/ -]/./g' <<< "train $*")$"
-runner=
-# shellcheck disable=SC2317 # called by trap
+remote=
+[[ ${#hosts[@]} = 1 && " ${options[*]} " != *" --force_multi "* ]] || remote=yes
 pass_on() {
-    told=yes
     local host sent=()
-    [ -n "$runner" ] || exit 143
     if [ "$launcher" != pdsh ]; then
-        pkill "-$1" -P "$runner" || kill -TERM "$runner" 2> /dev/null || true
+        pkill "-$1" -P "$runner" || true
         return 0
     fi
     for host in "${hosts[@]}"; do
@@ -100,19 +98,8 @@ pass_on() {
     done
     for host in "${sent[@]}"; do wait "$host" || true; done
 }
-remote=
-[[ ${#hosts[@]} = 1 && " ${options[*]} " != *" --force_multi "* ]] || remote=yes
-trap 'pass_on USR1' USR1
-trap 'pass_on USR2' USR2
-trap 'pass_on USR1' TERM # mpirun gives ranks only seconds after TERM
-trap 'told=yes; [ "$launcher" = pdsh ] || pkill -TERM -P "$runner"; kill -TERM "$runner"' INT # now
-(
-    trap '' USR1 # ranks on this host ignore it until Python has come so far as to hold it back
-    exec "$deepspeed" --hostfile "$hostfile" "${options[@]}" "${program[@]}" train "$@"
-) &
-runner=$!
-while :; do
-    told=no
-    wait "$runner" && code=0 || code=$?
-    [ "$told" = yes ] || exit "$code"
-done
+# shellcheck source=launch/signals.sh
+source launch/signals.sh
+# Ctrl-C: at once.
+trap '[ "$launcher" = pdsh ] || pkill -TERM -P "$runner"; kill -TERM "$runner"; told=yes' INT
+stay "$deepspeed" --hostfile "$hostfile" "${options[@]}" "${program[@]}" train "$@"

@@ -21,4 +21,10 @@ if mpirun --version 2>&1 | grep -q "Open MPI"; then
     done
     options+=(--bind-to none) # its default binds a rank and all its threads to one core
 fi
-exec mpirun "${options[@]}" "${PYTHON:-.venv/bin/python}" -m megatronish train "$@"
+
+# mpirun itself gives the ranks a second after TERM.
+pass_on() { kill "-$1" "$runner" 2> /dev/null || true; }
+# shellcheck source=launch/signals.sh
+source launch/signals.sh
+# Ranks ignore USR1 until Python has come so far as to hold it back.
+stay mpirun "${options[@]}" bash -c 'trap "" USR1; exec "$@"' _ "${PYTHON:-.venv/bin/python}" -m megatronish train "$@"

@@ -13,26 +13,14 @@ cd "$(dirname "$0")/../.."
 source launch/env.sh
 read -r -a options <<< "${TORCHRUN_ARGS:-}"
 
-# Signals are the ranks': they save and end, or say what they are doing. torchrun itself would give them 30 s, or end without them.
-agent=
-# shellcheck disable=SC2317 # called by trap
-pass_on() {
-    told=yes
-    [ -z "$agent" ] || pkill "-$1" -P "$agent" || kill -TERM "$agent" 2> /dev/null || true # no ranks yet
-}
-trap 'pass_on USR1' USR1
-trap 'pass_on USR2' USR2
-trap 'pass_on TERM' TERM INT
-# Ranks ignore USR1 until Python has come so far as to hold it back.
-(
-    trap '' USR1
-    exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-backend c10d \
-        --rdzv-endpoint "$first_host:${RDZV_PORT:-29500}" --rdzv-id "${RDZV_ID:-megatronish-${SLURM_JOB_ID:-0}}" "${options[@]}" \
-        -m megatronish train "$@"
-) &
-agent=$!
-while :; do
-    told=no
-    wait "$agent" && code=0 || code=$?
-    [ "$told" = yes ] || exit "$code"
-done
+port=${RDZV_PORT:-$((${SLURM_JOB_ID:-0} > 0 ? 20000 + ${SLURM_JOB_ID:-0} % 20000 : 29500))}
+# One of its own for each run: agents of another run at the same place do not count.
+id=${RDZV_ID:-megatronish-${SLURM_JOB_ID:-$(cksum <<< "$*" | cut -d " " -f 1)}}
+echo "torchrun: $nodes x $processes ranks meet at $first_host:$port as $id (RDZV_PORT and RDZV_ID set others)" >&2
+
+# torchrun itself would give the ranks 30 s after TERM, and end without them on USR1. Before there are any, it ends.
+pass_on() { pkill "-$1" -P "$runner" || kill -TERM "$runner" 2> /dev/null || true; }
+# shellcheck source=launch/signals.sh
+source launch/signals.sh
+stay "${PYTHON:-.venv/bin/python}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$processes" --rdzv-backend c10d \
+    --rdzv-endpoint "$first_host:$port" --rdzv-id "$id" "${options[@]}" -m megatronish train "$@"

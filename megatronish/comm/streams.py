@@ -29,6 +29,11 @@ def choose_device(local_rank: int, local_world_size: int) -> torch.device:
     return device
 
 
+def is_gpu_build() -> bool:
+    """Whether torch could use GPUs."""
+    return torch.version.cuda is not None
+
+
 def num_gpus() -> int:
     """GPUs that this process sees; 0 on a CPU build."""
     return torch.cuda.device_count()

@@ -49,6 +49,10 @@ def connect(
     another node than the first was sent to its own host."""
     local = (0, 1) if place.own_gpu and streams.num_gpus() == 1 else (place.local_rank, place.local_world_size)
     device = streams.choose_device(*local)
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "0") != "0" and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    if gpus and device.type == "cpu" and streams.is_gpu_build():
+        # Else it would wait for the others with another backend than theirs.
+        raise Fault(f"Slurm has given GPUs of {socket.gethostname()} to this job, but CUDA finds none: is its driver well?")
     if place.world_size == 1:
         return device
     _resolve(place)

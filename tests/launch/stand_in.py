@@ -10,13 +10,15 @@ _SCRIPT = """\
 #!/bin/bash
 run={run}
 case "$3 $4" in
+"--version ") exit 0 ;;
 "config check") exit 0 ;;
 "config print") echo "$run"; exit 0 ;;
 "train "*) ;;
 *) exec {python} "$@" ;;
 esac
-mapfile -t lives < "$run/lives/$SLURM_JOB_ID"
-life=${{#lives[@]}}
+before=()
+[ ! -f "$run/lives/$SLURM_JOB_ID.suspects" ] || mapfile -t before < "$run/lives/$SLURM_JOB_ID.suspects"
+life=$((${{#before[@]}} + 1))
 save() {{ mkdir -p "$run/checkpoints/step-$(printf %08d "$1")"; }}
 {train}
 """

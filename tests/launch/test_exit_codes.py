@@ -40,7 +40,8 @@ def test_exit_codes_end_or_requeue_a_job(cluster: Cluster, root: Path, tmp_path:
         "78": ("FAILED", "78:0", "0"),
         "79": ("FAILED", "79:0", "0"),
         "75+ 76+ 1+ 0": ("COMPLETED", "0:0", "3"),  # what is no code of ours is a fault
-        "76 76 76 76": ("FAILED", "77:0", "2"),  # three lives that saved nothing
+        "76 76 76 76": ("FAILED", "77:0", "2"),  # three lives that failed and saved nothing
+        "75 75 75 75 0": ("COMPLETED", "0:0", "4"),  # preempted, not failed
         "76+ 76 76 76": ("FAILED", "77:0", "3"),  # the first has
     }
     jobs = {codes: start(cluster, root, tmp_path / str(number), codes) for number, codes in enumerate(cases)}
@@ -69,24 +70,55 @@ def test_an_element_of_a_sweep_is_requeued_and_the_others_are_not(cluster: Clust
     assert sorted((run / "begun").read_text().split("\n")) == ["", "1 1", "1 2", "2 2"]
 
 
-def test_a_node_whose_rank_fails_first_twice_in_a_row_is_left_out(cluster: Cluster, root: Path, tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "job.log"
-    # What a rank leaves that says why it failed; on any node but that of the first life all is well.
-    train = f"""\
+FAILS_FIRST = """\
+# The first rank leaves what a rank leaves that says why it failed: on the node of the first life, in lives up to {until}.
+[ "$SLURM_PROCID" -eq 0 ] || exit 0
 [ -s "$run/bad" ] || echo "$SLURMD_NODENAME" > "$run/bad"
 echo "$SLURMD_NODENAME" >> "$run/begun"
-[ "$(cat "$run/bad")" = "$SLURMD_NODENAME" ] || exit 0
+[ "$(cat "$run/bad")" = "$SLURMD_NODENAME" ] && [ "$life" -le {until} ] || exit 0
 save "${{SLURM_RESTART_COUNT:-0}}"
-PYTHONPATH={root} {sys.executable} -c "
+PYTHONPATH={root} {python} -c "
 from pathlib import Path
 from megatronish import failures
 launch = 'slurm-$SLURM_JOB_ID.${{SLURM_STEP_ID}}_${{SLURM_RESTART_COUNT:-0}}'
 failures.leave(Path('$run'), failures.now(0, 1, launch, where='train step 7', error='a broken GPU', code=76, lost_peer=False))"
 exit 76
 """
-    python = write_stand_in(tmp_path / "python", run, train)
+
+
+def test_a_node_whose_rank_fails_first_twice_in_a_row_is_left_out(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    python = write_stand_in(tmp_path / "python", run, FAILS_FIRST.format(root=root, python=sys.executable, until=100))
     command = (*TASKS, f"--output={log}", "--exclude=node004", "launch/slurm/pretrain.sbatch", "config.yaml")
     ended = cluster.wait(cluster.submit(*command, cwd=root, PYTHON=str(python)))
     bad, nodes = (run / "bad").read_text().strip(), (run / "begun").read_text().split()
     assert (ended["JobState"], ended["Restarts"], nodes[:2]) == ("COMPLETED", "2", [bad, bad]), log.read_text()
     assert nodes[2] not in (bad, "node004") and f"without {bad}, whose rank failed first" in log.read_text()
+
+
+def test_what_was_right_in_the_first_life_may_be_right_again(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    # The check finds something wrong in the second life: a mount that is missing on its node.
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    python = write_stand_in(tmp_path / "python", run, TRAIN)
+    (run / "codes").write_text("75+ 0\n")
+    check = '"config check") [ "${SLURM_RESTART_COUNT:-0}" -ne 1 ] || { echo "error: no such set" >&2; exit 2; }; exit 0 ;;'
+    python.write_text(python.read_text().replace('"config check") exit 0 ;;', check))
+    command = (*TASKS, f"--output={log}", "launch/slurm/pretrain.sbatch", "config.yaml")
+    ended = cluster.wait(cluster.submit(*command, cwd=root, PYTHON=str(python)))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), log.read_text()
+    assert (run / "begun").read_text().split() == ["1", "2"]
+
+
+def test_a_python_that_is_not_there_is_one_line(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    command = (*TASKS, f"--output={log}", "launch/slurm/pretrain.sbatch", "config.yaml")
+    ended = cluster.wait(cluster.submit(*command, cwd=root, PYTHON="/nowhere/python"))
+    assert ended["ExitCode"] == "2:0" and "set PYTHON, or run `make setup`" in log.read_text(), log.read_text()
+
+
+def test_a_node_that_no_other_can_replace_stays(cluster: Cluster, root: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    python = write_stand_in(tmp_path / "python", run, FAILS_FIRST.format(root=root, python=sys.executable, until=2))
+    command = ("--nodes=4", *TASKS[1:], f"--output={log}", "launch/slurm/pretrain.sbatch", "config.yaml")
+    ended = cluster.wait(cluster.submit(*command, cwd=root, PYTHON=str(python)))
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), log.read_text()
