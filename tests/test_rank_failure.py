@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatronish import rank_failure
+from megatronish import failures, rank_failure
 from megatronish.errors import UserError
 from megatronish.parallel.rendezvous import Place
 from megatronish.rank_failure import RankGuard, lost_peer
@@ -173,3 +173,20 @@ def wait_for_all(x: torch.Tensor) -> None:
 def test_a_real_peer_that_vanishes_is_recognised(operation: Callable[[torch.Tensor], None]) -> None:
     seen = ranks(2).run(lose, operation, timeout=60)[0]
     assert "gloo" in seen and not seen.startswith("not recognised"), seen
+
+
+def test_what_a_batch_script_found_in_order_is_the_nodes_fault_until_all_have_agreed(
+    board: FakeBoard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def code(*, has_agreed: bool) -> object:
+        guard = RankGuard(Place("tests", rank=1, world_size=4), linger_seconds=0.0)
+        with pytest.raises(SystemExit) as end, guard:
+            guard.run_folder, guard.has_agreed = tmp_path, has_agreed
+            raise UserError("no such set")
+        failure = failures.latest(tmp_path)
+        assert failure is not None and failure.code == end.value.code
+        return end.value.code
+
+    assert code(has_agreed=False) == 2
+    monkeypatch.setenv("MEGATRONISH_CHECKED", "1")
+    assert code(has_agreed=False) == 76 and code(has_agreed=True) == 2

@@ -16,7 +16,7 @@ python=${PYTHON:-.venv/bin/python}
 fail() { echo "error: $*" >&2; exit 2; }
 
 # deepspeed itself goes on with this host alone where there is no hostfile.
-[ -s "$hostfile" ] || fail "hostfile $hostfile is not there, or empty"
+[ -s "$hostfile" ] || fail "hostfile $hostfile is not there, or empty (seen from $PWD)"
 awk '
     /^[[:space:]]*(#|$)/ { next }
     NF != 2 || $2 !~ /^slots=[1-9][0-9]*$/ { print "error: " FILENAME ":" FNR ": \"" $0 "\" is not HOST slots=N, with N >= 1"; bad = 1; next }

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train with mpirun, one process a GPU:
 #
-#   launch/mpi/run.sh -np 16 --hostfile hosts -- configs/llama3_8b.yaml [key=value ...]
+#   launch/mpi/run.sh -np 64 --hostfile hosts -- configs/llama3_8b.yaml [key=value ...]
 #
 # Before `--`: options of mpirun. Ranks on several hosts need mpi4py, a Slurm allocation, or MASTER_ADDR and MASTER_PORT (host of
 # rank 0, a free port there) to find each other: README.md.
