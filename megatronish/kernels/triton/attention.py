@@ -8,12 +8,16 @@ keys, over all heads of its group): no atomics, the same bits every time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatronish.kernels.triton.ahead import Ahead, signature
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD_SIZES = range(8, 257, 8)
@@ -21,9 +25,9 @@ HEAD_SIZES = range(8, 257, 8)
 
 @dataclass(frozen=True)
 class Masks:
-    """What of the scores counts. `window`: a query sees the keys less than so many places away; 0: all. `documents_TB`: int64, equal
-    numbers see each other (S = T then). `slopes_H`: ALiBi (Press et al. 2021) adds -slope x distance. `rate`, `key`, `samples_B`,
-    `first_head`: dropout of the weights, as in kernels/dropout.py at coordinates (head, query, key)."""
+    """What of the scores counts. `window`: a query sees the keys less than so many places away; 0: all. `documents_TB`: int64,
+    equal numbers see each other (S = T then). `slopes_H`: ALiBi (Press et al. 2021) adds -slope x distance. `rate`, `key`,
+    `samples_B`, `first_head`: dropout of the weights, as in kernels/dropout.py at coordinates (head, query, key)."""
 
     causal: bool = True
     window: int = 0
@@ -61,7 +65,7 @@ def scores_kernel(
 
 @triton.jit
 def kept_kernel(rows, columns, S, T, head, sample, key, threshold):
-    """bool [rows, columns]: word e % 4 of Philox block e // 4 is at least `threshold`, for element e = (head S + row) T + column."""
+    """bool [rows, columns]: word e % 4 of Philox block e // 4 is at least `threshold`, element e = (head S + row) T + column."""
     element = (head.to(tl.int64) * S + rows.to(tl.int64))[:, None] * T + columns.to(tl.int64)[None, :]
     block = element // 4
     zeros = (block * 0).to(tl.uint32)
@@ -261,7 +265,7 @@ def key_kernel(
         whole_end = tl.maximum(whole, S // M * M)
     dk = tl.zeros([N, KP], tl.float32)
     dv = tl.zeros([N, KP], tl.float32)
-    for turn in range(0, repeats):
+    for turn in range(repeats):
         head = group * repeats + turn
         slope = tl.load(slopes_ptr + head) * LOG2_E if HAS_SLOPES else 0.0
         q_of_head = q_ptr + sample.to(tl.int64) * q_stride_b + head * q_stride_h
@@ -310,7 +314,7 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> str | No
     return None
 
 
-def _common(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> tuple[dict[str, object], dict[str, object]]:
+def _common(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arguments, compile-time flags) of every kernel here but `delta_kernel`."""
     S, _, H, K = query.shape
     T, _, G, _ = key.shape
@@ -355,7 +359,7 @@ def forward(query_SBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, masks: Mas
     out = query_SBHK.new_empty((S, B, H, K))
     lse = query_SBHK.new_empty((B, H, S), dtype=torch.float32)
     arguments, flags = _common(query_SBHK, key_TBGK, value_TBGK, masks)
-    tile = forward_tile(int(flags["KP"]), query_SBHK.dtype)
+    tile = forward_tile(flags["KP"], query_SBHK.dtype)
     grid = (triton.cdiv(S, tile.queries), B * H)
     forward_kernel[grid](
         query_SBHK, key_TBGK, value_TBGK, out, lse, scale_log2=scale * LOG2_E.value, M=tile.queries, N=tile.keys,
@@ -376,7 +380,7 @@ def backward(
     arguments |= {"scale": scale, "scale_log2": scale * LOG2_E.value}
     padded = flags["KP"]
     delta_kernel[(triton.cdiv(S, 64), B * H)](dout, out, delta, S, B, H, K=K, KP=padded, M=64)
-    tile = backward_tile(int(padded), query.dtype)
+    tile = backward_tile(padded, query.dtype)
     query_kernel[(triton.cdiv(S, tile.queries), B * H)](
         dout, query, key, value, lse, delta, dq, M=tile.queries, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         **arguments, **flags,
@@ -411,3 +415,26 @@ def backward_tile(padded: int, dtype: torch.dtype) -> Tile:
         return Tile(32, 32, 4, 1)
     return Tile(64, 32, 8, 1) if padded > 128 else Tile(64, 64, 8, 2) if padded > 64 else Tile(128, 64, 8, 2)
 
+
+def ahead() -> Iterator[Ahead]:
+    """The core case (causal, bfloat16) by head size, and all of the masks at once."""
+    types = dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr"), "*fp32:16") | dict.fromkeys(
+        ("documents_ptr", "samples_ptr"), "*i64:16"
+    )
+    types |= dict.fromkeys(("scale", "scale_log2", "kept_scale"), "fp32") | dict.fromkeys(("key", "threshold"), "i64")
+    types |= dict.fromkeys(("S", "T"), "i32:16")
+    plain = {"HAS_DOCUMENTS": False, "HAS_SLOPES": False, "HAS_DROPOUT": False}
+    masked = {"HAS_DOCUMENTS": True, "HAS_SLOPES": True, "HAS_DROPOUT": True}
+    for K, flags in ((64, plain), (128, plain), (256, plain), (128, masked)):
+        constants = {"K": K, "KP": K, "CAUSAL": True, "WINDOW": 0, "PRECISION": "tf32", **flags}
+        for name, kernel, tile in (
+            ("forward", forward_kernel, forward_tile(K, torch.bfloat16)),
+            ("dquery", query_kernel, backward_tile(K, torch.bfloat16)),
+            ("dkey", key_kernel, backward_tile(K, torch.bfloat16)),
+        ):
+            parameters = [p.name for p in kernel.params]
+            strides = {p: "i32:16" for p in parameters if "_stride_" in p}
+            given = signature(kernel, "bf16", **strides, **{p: t for p, t in types.items() if p in parameters})
+            queries, keys = (tile.keys, tile.queries) if kernel is key_kernel else (tile.queries, tile.keys)
+            case = f"attention K{K} {name}{' all masks' if flags is masked else ''}"
+            yield Ahead(case, kernel, given, {**constants, "M": queries, "N": keys}, tile.warps, tile.stages)

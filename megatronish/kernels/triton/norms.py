@@ -8,12 +8,15 @@ weight gradients summed by column, in a kernel of its own. No atomics: the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatronish.kernels.registry import accumulate_dtype
+from megatronish.kernels.triton.ahead import Ahead, signature
 from megatronish.kernels.triton.launch import num_programs, num_warps, wide_of
 
 WHOLE = 16384
@@ -129,7 +132,7 @@ def backward_kernel(
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(WIDE)
     dweight = tl.zeros([BLOCK], WIDE)
     dbias = tl.zeros([BLOCK], WIDE)
-    for turn in range(0, tl.cdiv(num_rows - program, programs)):
+    for turn in range(tl.cdiv(num_rows - program, programs)):
         row = program + turn * programs
         at = row.to(tl.int64) * D + columns
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(WIDE)
@@ -219,7 +222,7 @@ def weight_kernel(
     mask = columns < D
     dweight = tl.zeros([BLOCK], WIDE)
     dbias = tl.zeros([BLOCK], WIDE)
-    for turn in range(0, tl.cdiv(num_rows - group, groups)):
+    for turn in range(tl.cdiv(num_rows - group, groups)):
         row = group + turn * groups
         at = row.to(tl.int64) * D + columns
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(WIDE)
@@ -274,11 +277,30 @@ def norm_backward(
             *given, dweight, dbias, num_rows, D, HAS_DSUM=dsum is not None, BLOCK=block, num_warps=num_warps(block), **flags
         )
     elif num_rows:
-        long_backward_kernel[(num_rows,)](
-            *given, D, HAS_DSUM=dsum is not None, BLOCK=_CHUNK, num_warps=num_warps(_CHUNK), **flags
-        )
+        long_backward_kernel[(num_rows,)](*given, D, HAS_DSUM=dsum is not None, BLOCK=_CHUNK, num_warps=num_warps(_CHUNK), **flags)
         grid = (triton.cdiv(D, _COLUMNS), parts)
         weight_kernel[grid](
             dy, x, rstd if mean is None else mean, rstd, dweight, dbias, num_rows, D, BLOCK=_COLUMNS, num_warps=4, **flags
         )
     return dx, dweight.sum(0).to(weight_D.dtype), dbias.sum(0).to(weight_D.dtype) if center else None
+
+
+def ahead() -> Iterator[Ahead]:
+    """A row of one block of warps, the longest whole row, and rows in chunks."""
+    statistics = {"mean_ptr": "*fp32:16", "rstd_ptr": "*fp32:16"}
+    gradients = {"dweight_ptr": "*fp32:16", "dbias_ptr": "*fp32:16"}
+    for D, center, added in ((4096, False, True), (WHOLE, True, True), (65536, True, True)):
+        name = f"{'layer' if center else 'rms'}_norm D{D}"
+        flags = {"CENTER": center, "WIDE": tl.float32}
+        whole = D <= WHOLE
+        block = D if whole else _CHUNK
+        forward = signature(forward_kernel, "bf16", D="i32:16", eps="fp32", **statistics)
+        constants = {**flags, "HAS_RESIDUAL": added, "BLOCK": block, "IS_WHOLE": whole}
+        yield Ahead(f"{name} forward", forward_kernel, forward, constants, num_warps(block))
+        kernel = backward_kernel if whole else long_backward_kernel
+        sums = gradients if whole else {}
+        backward = signature(kernel, "bf16", D="i32:16", **statistics, **sums)
+        yield Ahead(f"{name} backward", kernel, backward, {**flags, "HAS_DSUM": added, "BLOCK": block}, num_warps(block))
+        if not whole:
+            weights = signature(weight_kernel, "bf16", D="i32:16", **statistics, **gradients)
+            yield Ahead(f"{name} weights", weight_kernel, weights, {**flags, "BLOCK": _COLUMNS}, 4)
