@@ -46,6 +46,8 @@ class Ahead:
     num_stages: int = 1
     spills: dict[int, int] = field(default_factory=dict)
     """A bound in place of SPILL_LIMIT, by architecture. Say why where it is set."""
+    architectures: tuple[int, ...] = tuple(SHARED_LIMIT)
+    """Where this specialisation is the one that runs."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def compile_modules(names: Iterable[str], architectures: Iterable[int]) -> Itera
     for name in names:
         module = importlib.import_module(f"megatronish.kernels.triton.{name}")
         for ahead in module.ahead():
-            for architecture in chosen:
+            for architecture in (a for a in ahead.architectures if a in chosen):
                 yield compile_ahead(ahead, architecture)
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatronish.kernels.triton.ahead import Ahead, signature
+from megatronish.kernels.triton.launch import architecture
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD_SIZES = range(8, 257, 8)
@@ -26,8 +27,8 @@ HEAD_SIZES = range(8, 257, 8)
 @dataclass(frozen=True)
 class Masks:
     """What of the scores counts. `window`: a query sees the keys less than so many places away; 0: all. `documents_TB`: int64,
-    equal numbers see each other (S = T then). `slopes_H`: ALiBi (Press et al. 2021) adds -slope x distance. `rate`, `key`,
-    `samples_B`, `first_head`: dropout of the weights, as in kernels/dropout.py at coordinates (head, query, key)."""
+    equal numbers see each other (S = T then). `slopes_H`, none negative: ALiBi (Press et al. 2021) adds -slope x distance. `rate`,
+    `key`, `samples_B`, `first_head`: dropout of the weights, as in kernels/dropout.py at coordinates (head, query, key)."""
 
     causal: bool = True
     window: int = 0
@@ -41,16 +42,19 @@ class Masks:
 
 @triton.jit
 def scores_kernel(
-    q, k, rows, columns, S, T, scale_log2, slope, documents_ptr, document_stride, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, HAS_SLOPES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, rows, columns, S, T, scale_log2, slope, documents_ptr, document_stride, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_SLOPES: tl.constexpr, MASKED: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[rows, columns] of scaled scores in units of log 2; -inf where a query may not look."""
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-    distance = (rows + (T - S))[:, None] - columns[None, :]
+    """Scaled scores in units of log 2, -inf where a query may not look: [queries, keys] of a = Q and b = K^T, or, KEYS_FIRST,
+    [keys, queries] of a = K and b = Q^T."""
+    scores = tl.dot(a, b, input_precision=PRECISION) * scale_log2
+    place = rows + (T - S)
+    distance = place[None, :] - columns[:, None] if KEYS_FIRST else place[:, None] - columns[None, :]
     if HAS_SLOPES:
         scores -= slope * tl.abs(distance).to(tl.float32)
     if MASKED:
-        seen = (columns < T)[None, :] & (rows < S)[:, None]
+        # Queries past the last, and keys where they come first, give nothing that is kept.
+        seen = distance == distance if KEYS_FIRST else (columns < T)[None, :]
         if CAUSAL:
             seen = seen & (distance >= 0)
         if WINDOW > 0:
@@ -58,15 +62,19 @@ def scores_kernel(
         if HAS_DOCUMENTS:
             of_rows = tl.load(documents_ptr + rows * document_stride, mask=rows < S, other=-1)
             of_columns = tl.load(documents_ptr + columns * document_stride, mask=columns < T, other=-2)
-            seen = seen & (of_rows[:, None] == of_columns[None, :])
+            same = of_rows[None, :] == of_columns[:, None] if KEYS_FIRST else of_rows[:, None] == of_columns[None, :]
+            seen = seen & same
         scores = tl.where(seen, scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def kept_kernel(rows, columns, S, T, head, sample, key, threshold):
-    """bool [rows, columns]: word e % 4 of Philox block e // 4 is at least `threshold`, element e = (head S + row) T + column."""
-    element = (head.to(tl.int64) * S + rows.to(tl.int64))[:, None] * T + columns.to(tl.int64)[None, :]
+def kept_kernel(rows, columns, S, T, head, sample, key, threshold, KEYS_FIRST: tl.constexpr):
+    """bool [queries, keys], or [keys, queries]: word e % 4 of Philox block e // 4 is at least `threshold`, for element
+    e = (head S + row) T + column."""
+    first = (head.to(tl.int64) * S + rows.to(tl.int64)) * T
+    column = columns.to(tl.int64)
+    element = first[None, :] + column[:, None] if KEYS_FIRST else first[:, None] + column[None, :]
     block = element // 4
     zeros = (block * 0).to(tl.uint32)
     a, b, c, d = tl.philox(
@@ -124,14 +132,15 @@ def forward_kernel(
     largest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     mixed = tl.zeros([M, KP], tl.float32)
-    for MASKED in tl.static_range(2):
+    ONLY_MASKED: tl.constexpr = WINDOW > 0 or HAS_DOCUMENTS
+    for MASKED in tl.static_range(1 if ONLY_MASKED else 0, 2):
         start, stop = (whole, end) if MASKED else (begin, whole)
         for column in range(start, stop, N):
             columns = column + tl.arange(0, N)
             k = tl.trans(load_rows(k_ptr, columns, T, k_stride_t, K, KP))
             scores = scores_kernel(
                 q, k, rows, columns, S, T, scale_log2, slope, documents_ptr, document_stride, CAUSAL, WINDOW, HAS_DOCUMENTS,
-                HAS_SLOPES, MASKED, PRECISION,
+                HAS_SLOPES, MASKED, False, PRECISION,
             )  # fmt: skip
             now = tl.maximum(largest, tl.max(scores, 1))
             # A query that has seen nothing yet: not inf - inf.
@@ -140,7 +149,7 @@ def forward_kernel(
             shrink = tl.exp2(largest - base)
             total = total * shrink + tl.sum(weights, 1)
             if HAS_DROPOUT:
-                kept = kept_kernel(rows, columns, S, T, first_head + head, number, key, threshold)
+                kept = kept_kernel(rows, columns, S, T, first_head + head, number, key, threshold, False)
                 weights = tl.where(kept, weights * kept_scale, 0.0)
             v = load_rows(v_ptr, columns, T, v_stride_t, K, KP)
             mixed = mixed * shrink[:, None]
@@ -208,7 +217,8 @@ def query_kernel(
         if CAUSAL:
             whole = tl.minimum(whole, tl.maximum(0, first_place + 1) // N * N)
     dq = tl.zeros([M, KP], tl.float32)
-    for MASKED in tl.static_range(2):
+    ONLY_MASKED: tl.constexpr = WINDOW > 0 or HAS_DOCUMENTS
+    for MASKED in tl.static_range(1 if ONLY_MASKED else 0, 2):
         start, stop = (whole, end) if MASKED else (begin, whole)
         for column in range(start, stop, N):
             columns = column + tl.arange(0, N)
@@ -216,12 +226,12 @@ def query_kernel(
             v = load_rows(v_ptr, columns, T, v_stride_t, K, KP)
             scores = scores_kernel(
                 q, tl.trans(k), rows, columns, S, T, scale_log2, slope, documents_ptr, document_stride, CAUSAL, WINDOW,
-                HAS_DOCUMENTS, HAS_SLOPES, MASKED, PRECISION,
+                HAS_DOCUMENTS, HAS_SLOPES, MASKED, False, PRECISION,
             )  # fmt: skip
             weights = tl.exp2(scores - lse[:, None])
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if HAS_DROPOUT:
-                kept = kept_kernel(rows, columns, S, T, first_head + head, number, key, threshold)
+                kept = kept_kernel(rows, columns, S, T, first_head + head, number, key, threshold, False)
                 dweights = tl.where(kept, dweights * kept_scale, 0.0)
             dscores = weights * (dweights - delta[:, None])
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -258,11 +268,12 @@ def key_kernel(
         end = tl.minimum(S, tl.maximum(0, first_place + N + WINDOW - 1))
         if not CAUSAL:
             begin = tl.maximum(0, first_place - WINDOW + 1) // M * M
-    # From here on all queries see all of these keys, up to the last whole block of them.
-    whole, whole_end = end, end
-    if WINDOW == 0 and not HAS_DOCUMENTS and first_column + N <= T:
+    # From here on all queries see all of these keys. Queries past the last count for nothing: their dout, delta and lse are 0.
+    whole = end
+    if WINDOW == 0 and not HAS_DOCUMENTS:
         whole = tl.minimum(end, tl.cdiv(tl.maximum(0, first_place + N - 1), M) * M) if CAUSAL else begin
-        whole_end = tl.maximum(whole, S // M * M)
+    FIRST: tl.constexpr = 0 if CAUSAL or WINDOW > 0 or HAS_DOCUMENTS else 1
+    LAST: tl.constexpr = 1 if WINDOW > 0 or HAS_DOCUMENTS else 2
     dk = tl.zeros([N, KP], tl.float32)
     dv = tl.zeros([N, KP], tl.float32)
     for turn in range(repeats):
@@ -271,8 +282,8 @@ def key_kernel(
         q_of_head = q_ptr + sample.to(tl.int64) * q_stride_b + head * q_stride_h
         dout_of_head = dout_ptr + (sample * H + head).to(tl.int64) * K
         first = (sample.to(tl.int64) * H + head) * S
-        for PART in tl.static_range(3):
-            start, stop = (begin, whole) if PART == 0 else ((whole, whole_end) if PART == 1 else (whole_end, end))
+        for PART in tl.static_range(FIRST, LAST):
+            start, stop = (begin, whole) if PART == 0 else (whole, end)
             for row in range(start, stop, M):
                 rows = row + tl.arange(0, M)
                 q = load_rows(q_of_head, rows, S, q_stride_s, K, KP)
@@ -280,20 +291,22 @@ def key_kernel(
                 lse = tl.load(lse_ptr + first + rows, mask=rows < S, other=0.0)
                 lse = tl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
                 delta = tl.load(delta_ptr + first + rows, mask=rows < S, other=0.0)
+                # Keys by queries: what multiplies dout and q is then used as it was made, without turning it.
                 scores = scores_kernel(
-                    q, tl.trans(k), rows, columns, S, T, scale_log2, slope, documents_ptr, document_stride, CAUSAL, WINDOW,
-                    HAS_DOCUMENTS, HAS_SLOPES, PART != 1, PRECISION,
+                    k, tl.trans(q), rows, columns, S, T, scale_log2, slope, documents_ptr, document_stride, CAUSAL, WINDOW,
+                    HAS_DOCUMENTS, HAS_SLOPES, PART == 0, True, PRECISION,
                 )  # fmt: skip
-                weights = tl.exp2(scores - lse[:, None])
-                dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                weights = tl.exp2(scores - lse[None, :])
                 dropped = weights
                 if HAS_DROPOUT:
-                    kept = kept_kernel(rows, columns, S, T, first_head + head, number, key, threshold)
+                    kept = kept_kernel(rows, columns, S, T, first_head + head, number, key, threshold, True)
                     dropped = tl.where(kept, weights * kept_scale, 0.0)
+                dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                if HAS_DROPOUT:
                     dweights = tl.where(kept, dweights * kept_scale, 0.0)
-                dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, dv, input_precision=PRECISION)
-                dscores = weights * (dweights - delta[:, None])
-                dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk, input_precision=PRECISION)
+                dscores = weights * (dweights - delta[None, :])
+                dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     inner = tl.arange(0, KP)
     at = ((columns.to(tl.int64) * num_samples + sample) * G + group)[:, None] * K + inner[None, :]
     mask = (columns < T)[:, None] & (inner < K)[None, :]
@@ -340,17 +353,20 @@ def _common(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> tuple[di
         "threshold": round(masks.rate * 2.0**32),
         "kept_scale": 1.0 / (1.0 - masks.rate),
     }
-    flags = {
+    return arguments, _flags(K, query.dtype, masks)
+
+
+def _flags(K: int, dtype: torch.dtype, masks: Masks) -> dict[str, Any]:
+    return {
         "K": K,
         "KP": max(16, triton.next_power_of_2(K)),
         "CAUSAL": masks.causal,
         "WINDOW": masks.window,
-        "HAS_DOCUMENTS": documents is not None,
-        "HAS_SLOPES": slopes is not None,
-        "HAS_DROPOUT": samples is not None,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "HAS_DOCUMENTS": masks.documents_TB is not None,
+        "HAS_SLOPES": masks.slopes_H is not None,
+        "HAS_DROPOUT": masks.samples_B is not None,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
-    return arguments, flags
 
 
 def forward(query_SBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, masks: Masks, scale: float) -> tuple[Tensor, Tensor]:
@@ -359,7 +375,7 @@ def forward(query_SBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, masks: Mas
     out = query_SBHK.new_empty((S, B, H, K))
     lse = query_SBHK.new_empty((B, H, S), dtype=torch.float32)
     arguments, flags = _common(query_SBHK, key_TBGK, value_TBGK, masks)
-    tile = forward_tile(flags["KP"], query_SBHK.dtype)
+    tile = tiles_for(K, query_SBHK.dtype, masks=masks, architecture=architecture()).forward
     grid = (triton.cdiv(S, tile.queries), B * H)
     forward_kernel[grid](
         query_SBHK, key_TBGK, value_TBGK, out, lse, scale_log2=scale * LOG2_E.value, M=tile.queries, N=tile.keys,
@@ -380,13 +396,15 @@ def backward(
     arguments |= {"scale": scale, "scale_log2": scale * LOG2_E.value}
     padded = flags["KP"]
     delta_kernel[(triton.cdiv(S, 64), B * H)](dout, out, delta, S, B, H, K=K, KP=padded, M=64)
-    tile = backward_tile(padded, query.dtype)
+    tiles = tiles_for(K, query.dtype, masks=masks, architecture=architecture())
+    tile = tiles.dquery
     query_kernel[(triton.cdiv(S, tile.queries), B * H)](
         dout, query, key, value, lse, delta, dq, M=tile.queries, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         **arguments, **flags,
     )  # fmt: skip
-    key_kernel[(triton.cdiv(T, tile.queries), B * G)](
-        dout, query, key, value, lse, delta, dk, dv, M=tile.keys, N=tile.queries, num_warps=tile.warps, num_stages=tile.stages,
+    tile = tiles.dkey
+    key_kernel[(triton.cdiv(T, tile.keys), B * G)](
+        dout, query, key, value, lse, delta, dk, dv, M=tile.queries, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         **arguments, **flags,
     )  # fmt: skip
     return dq, dk, dv
@@ -402,39 +420,69 @@ class Tile:
     stages: int
 
 
-def forward_tile(padded: int, dtype: torch.dtype) -> Tile:
-    """By padded head size: what fits shared memory of sm_80 (163 KiB a block) and the registers."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if padded > 64 else Tile(64, 32, 4, 2)
-    return Tile(128, 64, 8, 2) if padded > 128 else Tile(128, 64, 8, 3) if padded > 64 else Tile(128, 64, 4, 3)
+@dataclass(frozen=True)
+class Tiles:
+    """Of the three large kernels, in 16 bits."""
+
+    forward: Tile
+    dquery: Tile
+    dkey: Tile
 
 
-def backward_tile(padded: int, dtype: torch.dtype) -> Tile:
-    """The same for the backward kernels: `queries` is the block that a program keeps."""
+_FLOAT32 = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+_WIDE_FORWARD, _WIDE_DQUERY, _WIDE_DKEY = Tile(64, 64, 8, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)
+_TILES: dict[int, dict[int, Tiles]] = {
+    80: {
+        64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: Tiles(_WIDE_FORWARD, _WIDE_DQUERY, _WIDE_DKEY),
+    },
+    90: {
+        64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 128, 8, 2)),
+        256: Tiles(Tile(128, 64, 8, 2), Tile(128, 16, 8, 1), _WIDE_DKEY),
+    },
+    100: {
+        64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 128, 8, 1)),
+        256: Tiles(_WIDE_FORWARD, _WIDE_DQUERY, _WIDE_DKEY),
+    },
+}
+_MASKED = Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1))
+"""Where dropout draws bits beside the scores: its Philox takes registers of its own."""
+
+
+def tiles_for(K: int, dtype: torch.dtype, *, masks: Masks, architecture: int) -> Tiles:
+    """The largest cuts that neither spill registers nor leave shared memory (`ahead` holds it), by padded head size, dtype and
+    architecture (80, 90, 100; the next lower of others)."""
+    padded = max(16, triton.next_power_of_2(K))
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 32, 8, 1) if padded > 128 else Tile(64, 64, 8, 2) if padded > 64 else Tile(128, 64, 8, 2)
+        return _FLOAT32
+    if masks.samples_B is not None and padded <= 128:
+        return _MASKED
+    known = max((a for a in _TILES if a <= architecture), default=80)
+    return _TILES[known][max(64, padded)]
 
 
 def ahead() -> Iterator[Ahead]:
     """The core case (causal, bfloat16) by head size, and all of the masks at once."""
-    types = dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr"), "*fp32:16") | dict.fromkeys(
-        ("documents_ptr", "samples_ptr"), "*i64:16"
-    )
+    types = dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr"), "*fp32:16")
+    types |= dict.fromkeys(("documents_ptr", "samples_ptr"), "*i64:16")
     types |= dict.fromkeys(("scale", "scale_log2", "kept_scale"), "fp32") | dict.fromkeys(("key", "threshold"), "i64")
     types |= dict.fromkeys(("S", "T"), "i32:16")
-    plain = {"HAS_DOCUMENTS": False, "HAS_SLOPES": False, "HAS_DROPOUT": False}
-    masked = {"HAS_DOCUMENTS": True, "HAS_SLOPES": True, "HAS_DROPOUT": True}
-    for K, flags in ((64, plain), (128, plain), (256, plain), (128, masked)):
-        constants = {"K": K, "KP": K, "CAUSAL": True, "WINDOW": 0, "PRECISION": "tf32", **flags}
-        for name, kernel, tile in (
-            ("forward", forward_kernel, forward_tile(K, torch.bfloat16)),
-            ("dquery", query_kernel, backward_tile(K, torch.bfloat16)),
-            ("dkey", key_kernel, backward_tile(K, torch.bfloat16)),
-        ):
+    plain, all_masks = Masks(), Masks(documents_TB=torch.empty(0), slopes_H=torch.empty(0), samples_B=torch.empty(0))
+    half = torch.bfloat16
+    for K, dtype, masks in [(64, half, plain), (128, half, plain), (256, half, plain), (128, half, all_masks)]:
+        flags = _flags(K, dtype, masks)
+        case = f"attention K{K}{' all masks' if masks is all_masks else ''}"
+        tiles = {a: tiles_for(K, dtype, masks=masks, architecture=a) for a in _TILES}
+        for name, kernel in (("forward", forward_kernel), ("dquery", query_kernel), ("dkey", key_kernel)):
             parameters = [p.name for p in kernel.params]
             strides = {p: "i32:16" for p in parameters if "_stride_" in p}
             given = signature(kernel, "bf16", **strides, **{p: t for p, t in types.items() if p in parameters})
-            queries, keys = (tile.keys, tile.queries) if kernel is key_kernel else (tile.queries, tile.keys)
-            case = f"attention K{K} {name}{' all masks' if flags is masked else ''}"
-            yield Ahead(case, kernel, given, {**constants, "M": queries, "N": keys}, tile.warps, tile.stages)
+            by_tile: dict[Tile, list[int]] = {}
+            for a, of_architecture in tiles.items():
+                by_tile.setdefault(getattr(of_architecture, name), []).append(a)
+            for tile, architectures in by_tile.items():
+                constants = {**flags, "M": tile.queries, "N": tile.keys}
+                yield Ahead(f"{case} {name}", kernel, given, constants, tile.warps, tile.stages, architectures=tuple(architectures))

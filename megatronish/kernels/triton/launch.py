@@ -27,3 +27,12 @@ def num_programs(device: torch.device, per_multiprocessor: int = 2) -> int:
     if device.type != "cuda":
         return 4
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["multiprocessor_count"] * per_multiprocessor
+
+
+@cache
+def architecture() -> int:
+    """80, 90, 100...: of the device that kernels run on; 90 in the interpreter."""
+    if triton.knobs.runtime.interpret:
+        return 90
+    found: int = triton.runtime.driver.active.get_current_target().arch
+    return found

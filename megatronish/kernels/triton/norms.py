@@ -21,6 +21,8 @@ from megatronish.kernels.triton.launch import num_programs, num_warps, wide_of
 
 WHOLE = 16384
 """Longest row that one program keeps in registers."""
+WHOLE_BACKWARD = 8192
+"""The same for backward, which keeps sums for weight and bias as well."""
 _CHUNK = 8192
 _COLUMNS, _ROW_GROUPS = 256, 64
 
@@ -268,10 +270,11 @@ def norm_backward(
     dx = torch.empty_like(x)
     flags = {"CENTER": center, "WIDE": wide}
     given = (dy, dy if dsum is None else dsum, x, weight_D, rstd if mean is None else mean, rstd, dx)
-    parts = min(num_programs(x.device), num_rows) if D <= WHOLE else min(_ROW_GROUPS, num_rows)
+    is_whole = D <= WHOLE_BACKWARD
+    parts = min(num_programs(x.device), num_rows) if is_whole else min(_ROW_GROUPS, num_rows)
     dweight = rstd.new_empty((parts, D))
     dbias = torch.empty_like(dweight) if center else dweight
-    if num_rows and D <= WHOLE:
+    if num_rows and is_whole:
         block = triton.next_power_of_2(D)
         backward_kernel[(parts,)](
             *given, dweight, dbias, num_rows, D, HAS_DSUM=dsum is not None, BLOCK=block, num_warps=num_warps(block), **flags
@@ -286,21 +289,20 @@ def norm_backward(
 
 
 def ahead() -> Iterator[Ahead]:
-    """A row of one block of warps, the longest whole row, and rows in chunks."""
+    """The longest whole rows, and rows in chunks."""
     statistics = {"mean_ptr": "*fp32:16", "rstd_ptr": "*fp32:16"}
     gradients = {"dweight_ptr": "*fp32:16", "dbias_ptr": "*fp32:16"}
-    for D, center, added in ((4096, False, True), (WHOLE, True, True), (65536, True, True)):
+    for D, center in ((4096, False), (WHOLE_BACKWARD, True), (WHOLE, True), (65536, True)):
         name = f"{'layer' if center else 'rms'}_norm D{D}"
         flags = {"CENTER": center, "WIDE": tl.float32}
-        whole = D <= WHOLE
-        block = D if whole else _CHUNK
         forward = signature(forward_kernel, "bf16", D="i32:16", eps="fp32", **statistics)
-        constants = {**flags, "HAS_RESIDUAL": added, "BLOCK": block, "IS_WHOLE": whole}
+        block = D if D <= WHOLE else _CHUNK
+        constants = {**flags, "HAS_RESIDUAL": True, "BLOCK": block, "IS_WHOLE": D <= WHOLE}
         yield Ahead(f"{name} forward", forward_kernel, forward, constants, num_warps(block))
-        kernel = backward_kernel if whole else long_backward_kernel
-        sums = gradients if whole else {}
-        backward = signature(kernel, "bf16", D="i32:16", **statistics, **sums)
-        yield Ahead(f"{name} backward", kernel, backward, {**flags, "HAS_DSUM": added, "BLOCK": block}, num_warps(block))
-        if not whole:
+        is_whole = D <= WHOLE_BACKWARD
+        kernel, block = (backward_kernel, D) if is_whole else (long_backward_kernel, _CHUNK)
+        backward = signature(kernel, "bf16", D="i32:16", **statistics, **(gradients if is_whole else {}))
+        yield Ahead(f"{name} backward", kernel, backward, {**flags, "HAS_DSUM": True, "BLOCK": block}, num_warps(block))
+        if D > WHOLE:
             weights = signature(weight_kernel, "bf16", D="i32:16", **statistics, **gradients)
             yield Ahead(f"{name} weights", weight_kernel, weights, {**flags, "BLOCK": _COLUMNS}, 4)
