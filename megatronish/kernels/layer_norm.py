@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatronish.kernels import peers
 from megatronish.kernels.installed import refuses_triton
 from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
@@ -88,13 +89,21 @@ _forward_op = register(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
-    also={"reference": Implementation(_reference_forward), "triton": Implementation(_triton_forward, _refuses_triton)},
+    also={
+        "reference": Implementation(_reference_forward),
+        "triton": Implementation(_triton_forward, _refuses_triton),
+        **peers.LAYER_NORM,
+    },
 )
 _backward_op = register(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    also={"reference": Implementation(_reference_backward), "triton": Implementation(_triton_backward, _refuses_triton)},
+    also={
+        "reference": Implementation(_reference_backward),
+        "triton": Implementation(_triton_backward, _refuses_triton),
+        **peers.LAYER_NORM_BACKWARD,
+    },
     choice="layer_norm",
 )
 

@@ -41,6 +41,14 @@ class Implementation:
     """The same bits every time, on every device."""
 
 
+class Refused(UserError):
+    """A body that the config names cannot do a call."""
+
+    def __init__(self, choice: str, name: str, reason: str) -> None:
+        super().__init__(f"kernels.{choice}={name}: not possible here: {reason}; set it to auto or torch")
+        self.reason = reason
+
+
 @dataclass
 class _Op:
     bodies: dict[str, Implementation]
@@ -83,11 +91,11 @@ def register(
 
 
 def _run(op: _Op, arguments: tuple[Any, ...]) -> Any:
-    name = _chosen.forced.get(op.choice)
-    if name is not None and name in op.bodies:
-        body = op.bodies[name]
-        if reason := body.refuses(*arguments):
-            raise UserError(f"kernels.{op.choice}={name}: not possible: {reason}; set it to auto or torch")
+    if (name := _chosen.forced.get(op.choice)) is not None:
+        body = op.bodies.get(name)
+        if reason := "it does not do this kind" if body is None else body.refuses(*arguments):
+            raise Refused(op.choice, name, reason)
+        assert body is not None
         return body.run(*arguments)
     if _chosen.measured and (name := _chosen.measured.get(key_of(op.choice, arguments))) in op.bodies:
         body = op.bodies[name]
@@ -120,7 +128,7 @@ def choices() -> list[str]:
 
 def choose(*, forced: Mapping[str, str], measured: Mapping[Key, str]) -> None:
     """What runs from now on in this process: `forced` by name of the choice, else `measured`, else `torch`. A body that was
-    measured and refuses a call leaves it to `torch`; one that is forced raises UserError."""
+    measured and refuses a call leaves it to `torch`; one that is forced raises Refused."""
     _chosen.forced, _chosen.measured = dict(forced), dict(measured)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatronish.kernels import peers
 from megatronish.kernels.installed import refuses_triton
 from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
@@ -81,10 +82,12 @@ def _refuses_triton(x: Tensor, *others: Any) -> str | None:
 _BODIES = {
     "reference": Implementation(_reference_forward),
     "triton": Implementation(_triton_forward, _refuses_triton),
+    **peers.RMS_NORM,
 }
 _BACKWARD_BODIES = {
     "reference": Implementation(_reference_backward),
     "triton": Implementation(_triton_backward, _refuses_triton),
+    **peers.RMS_NORM_BACKWARD,
 }
 _forward_op = register("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _forward, _forward_fake, also=_BODIES)
 _backward_op = register(
