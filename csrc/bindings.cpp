@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 namespace py = pybind11;
@@ -107,6 +108,25 @@ PYBIND11_MODULE(_cpu, m) {
 #ifdef MEGATRONISH_CUDA
 #include "cuda/cuda.h"
 
+// Of attention: S, B, H, G, K; addresses of queries, keys, values; of each its strides in elements of S, B and heads.
+using Sizes = std::array<int64_t, 5>;
+using Inputs = std::array<Address, 3>;
+using Strides = std::array<std::array<int64_t, 3>, 3>;
+
+static megatronish::AttentionShape attention_shape(int dtype, const Sizes& s) {
+  return {s[0], s[1], s[2], s[3], s[4], megatronish::Dtype(dtype)};
+}
+
+static megatronish::AttentionInputs attention_inputs(const Inputs& inputs, const Strides& strides) {
+  megatronish::AttentionInputs a{at<void>(inputs[0]), at<void>(inputs[1]), at<void>(inputs[2]), {}, {}, {}};
+  for (int i = 0; i < 3; ++i) {
+    a.q_stride[i] = strides[0][i];
+    a.k_stride[i] = strides[1][i];
+    a.v_stride[i] = strides[2][i];
+  }
+  return a;
+}
+
 PYBIND11_MODULE(_cuda, m) {
   using namespace megatronish;
   m.doc() = "Native CUDA operations on the current device; addresses and the stream are integers, 0 for none.";
@@ -132,6 +152,26 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("scalars"),
       py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "attention_forward",
+      [](int dtype, const Sizes& sizes, const Inputs& inputs, const Strides& strides, Address out, Address lse, double scale,
+         Address stream) {
+        attention_forward(attention_shape(dtype, sizes), attention_inputs(inputs, strides), at<void>(out), at<float>(lse), scale,
+                          at<void>(stream));
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("inputs"), py::arg("strides"), py::arg("out"), py::arg("lse"), py::kw_only(),
+      py::arg("scale"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "attention_backward",
+      [](int dtype, const Sizes& sizes, const Inputs& inputs, const Strides& strides, Address dout, Address out, Address lse,
+         Address delta, Address dq, Address dk, Address dv, double scale, Address stream) {
+        attention_backward(attention_shape(dtype, sizes), attention_inputs(inputs, strides),
+                           {at<void>(dout), at<void>(out), at<float>(lse), at<float>(delta), at<void>(dq), at<void>(dk), at<void>(dv)},
+                           scale, at<void>(stream));
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("inputs"), py::arg("strides"), py::arg("dout"), py::arg("out"), py::arg("lse"),
+      py::arg("delta"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::kw_only(), py::arg("scale"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
 }
 #endif

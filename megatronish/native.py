@@ -34,13 +34,13 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 
 cpu, _cpu_outcome = _load("cpu")
-cuda, _cuda_outcome = _load("cuda")
+cuda, cuda_outcome = _load("cuda")
 
 
 def describe() -> str:
     """What is native, what runs in Python, and why; one line a module. Does not touch a GPU."""
     lines = []
-    for name, module, outcome in (("cpu", cpu, _cpu_outcome), ("cuda", cuda, _cuda_outcome)):
+    for name, module, outcome in (("cpu", cpu, _cpu_outcome), ("cuda", cuda, cuda_outcome)):
         where = "native" if module is not None else f"in Python ({outcome})"
         lines.append(f"{name}: {OPERATIONS[name]}: {where}")
     return "\n".join(lines)
