@@ -173,5 +173,30 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("dtype"), py::arg("sizes"), py::arg("inputs"), py::arg("strides"), py::arg("dout"), py::arg("out"), py::arg("lse"),
       py::arg("delta"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::kw_only(), py::arg("scale"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "norm_forward",
+      [](int dtype, int64_t rows, int64_t D, Address x, Address residual, Address weight, Address bias, Address y, Address sum,
+         Address mean, Address rstd, double eps, Address stream) {
+        norm_forward({Dtype(dtype), rows, D, at<void>(x), at<void>(residual), at<void>(weight), at<void>(bias), at<void>(y),
+                      at<void>(sum), at<float>(mean), at<float>(rstd), eps},
+                     at<void>(stream));
+      },
+      py::arg("dtype"), py::arg("rows"), py::arg("D"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+      py::arg("y"), py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::kw_only(), py::arg("eps"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("norm_parts", [](int dtype, int64_t rows, int64_t D, bool center) { return norm_parts(rows, D, Dtype(dtype), center); },
+        py::arg("dtype"), py::arg("rows"), py::arg("D"), py::arg("center"));
+  m.def(
+      "norm_backward",
+      [](int dtype, int64_t rows, int64_t D, int64_t parts, Address dy, Address dsum, Address x, Address weight, Address mean,
+         Address rstd, Address dx, Address dweight, Address dbias, Address dweight_parts, Address dbias_parts, Address stream) {
+        norm_backward({Dtype(dtype), rows, D, parts, at<void>(dy), at<void>(dsum), at<void>(x), at<void>(weight), at<float>(mean),
+                       at<float>(rstd), at<void>(dx), at<void>(dweight), at<void>(dbias), at<float>(dweight_parts),
+                       at<float>(dbias_parts)},
+                      at<void>(stream));
+      },
+      py::arg("dtype"), py::arg("rows"), py::arg("D"), py::arg("parts"), py::arg("dy"), py::arg("dsum"), py::arg("x"), py::arg("weight"),
+      py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dweight_parts"),
+      py::arg("dbias_parts"), py::kw_only(), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 #endif

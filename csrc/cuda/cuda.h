@@ -44,6 +44,32 @@ void attention_forward(const AttentionShape& shape, const AttentionInputs& input
 void attention_backward(const AttentionShape& shape, const AttentionInputs& inputs, const AttentionGradients& gradients, double scale,
                         void* stream);
 
+// Rows [rows, D] of one dtype, contiguous, 16-byte addresses, D a multiple of 16 bytes. LayerNorm where there is a bias, else RMSNorm.
+// Where there is a residual, `sum` gets x + residual and the norm is of that. Statistics: one float32 a row; `mean` of LayerNorm only.
+struct NormForward {
+  Dtype dtype;
+  int64_t rows, D;
+  const void *x, *residual, *weight, *bias;
+  void *y, *sum;
+  float *mean, *rstd;
+  double eps;
+};
+
+// x is what was normalised (the sum, where there was a residual), dsum the gradient that it has besides, or null. LayerNorm where there
+// is a mean. dweight_parts, and dbias_parts of LayerNorm: scratch, float32 [parts, D] with parts = norm_parts(...).
+struct NormBackward {
+  Dtype dtype;
+  int64_t rows, D, parts;
+  const void *dy, *dsum, *x, *weight;
+  const float *mean, *rstd;
+  void *dx, *dweight, *dbias;
+  float *dweight_parts, *dbias_parts;
+};
+
+void norm_forward(const NormForward& n, void* stream);
+void norm_backward(const NormBackward& n, void* stream);
+int64_t norm_parts(int64_t rows, int64_t D, Dtype dtype, bool center);
+
 // Number of CUDA devices; 0 where there is no driver or no device.
 int device_count();
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from megatronish import native
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DMEGATRONISH_CUDA=1"]
+FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-DMEGATRONISH_CUDA=1"]
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -44,36 +44,51 @@ def launches_as_calls(source: str) -> str:
     return re.sub(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?)>>>\(", r"emulate::Launch(\2).run(\1, ", source)
 
 
-def _compile(folder: Path) -> Path:
-    includes = [HERE, ROOT / "csrc" / "cuda", ROOT / "csrc", Path(torch.__path__[0]) / "include", sysconfig.get_paths()["include"]]
-    sources = [HERE / "emulate.cpp", ROOT / "csrc" / "bindings.cpp"]
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        sources.append(folder / f"{path.stem}.cpp")
-        sources[-1].write_text(launches_as_calls(path.read_text()))
-    out = folder / "_cuda.so"
-    command = ["g++", "-shared", *FLAGS, *(f"-I{include}" for include in includes), *map(str, sources), "-o", str(out)]
+def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
-    return out
+
+
+def _once(name: str, made_of: str, make: Callable[[Path], None]) -> Path:
+    """The file `name` in the folder of what it is made of; made by the first of all workers that asks."""
+    folder = ROOT / "build" / "cuda_on_cpu" / hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            make(folder / f"part_{name}")
+            (folder / f"part_{name}").rename(folder / name)
+    return folder / name
+
+
+def _object(source: Path, headers: str) -> Path:
+    """`source` compiled; a .cu file with its launches turned into calls."""
+    text = launches_as_calls(source.read_text()) if source.suffix == ".cu" else source.read_text()
+    includes = [HERE, ROOT / "csrc" / "cuda", ROOT / "csrc", Path(torch.__path__[0]) / "include", sysconfig.get_paths()["include"]]
+    flags = [*FLAGS, *(f"-I{include}" for include in includes)]
+
+    def make(out: Path) -> None:
+        copy = out.with_suffix(".cpp")
+        copy.write_text(f'#line 1 "{source}"\n{text}')
+        _run(["g++", *flags, "-c", str(copy), "-o", str(out)])
+
+    return _once(f"{source.stem}.o", "\0".join((*flags, torch.__version__, headers, text)), make)
+
+
+def build(sources: Iterable[Path]) -> Path:
+    """A shared library of the sources and the emulation; each is compiled once for each state of it and of the headers."""
+    folders = (HERE, ROOT / "csrc" / "cuda")
+    headers = "\0".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.h")))
+    objects = [str(_object(source, headers)) for source in (HERE / "emulate.cpp", *sources)]
+    return _once("library.so", "\0".join(objects), lambda out: _run(["g++", "-shared", *objects, "-o", str(out)]))
 
 
 @cache
 def emulated() -> ModuleType:
-    """The module; built once for each state of the sources, for all workers."""
-    files = [*sorted(HERE.iterdir()), ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cuda").iterdir())]
-    digest = hashlib.sha256(" ".join(FLAGS).encode() + torch.__version__.encode())
-    for path in files:
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    folder = ROOT / "build" / "cuda_on_cpu" / digest.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = folder / "done"
-        if not done.exists():
-            _compile(folder)
-            done.touch()
-    spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")
+    """megatronish._cuda for the CPU."""
+    path = build([ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))])
+    spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
