@@ -10,7 +10,7 @@ namespace py = pybind11;
 using Address = std::uintptr_t;
 
 // The number in megatronish/native.py: changed together whenever arguments change, so that an old build is not called.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 template <typename T>
 static T* at(Address address) {

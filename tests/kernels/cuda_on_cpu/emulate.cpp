@@ -63,6 +63,7 @@ namespace {
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPage = 4096;
 constexpr int kMostThreads = 1024;
+constexpr size_t kMostShared = 163 * 1024;  // of a block on sm_80, the least of the architectures that kernels are built for
 
 struct Options {
   int order = 0;           // 0: first to last, 1: last to first, more: random, another for each number
@@ -441,6 +442,7 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& kern
   const int64_t count = int64_t(block.x) * block.y * block.z;
   if (count < 1 || count > kMostThreads) throw std::runtime_error("a block of " + std::to_string(count) + " threads");
   if (grid.y > 65535 || grid.z > 65535 || !grid.x || !grid.y || !grid.z) throw std::runtime_error("a grid of no or too many blocks");
+  if (shared > kMostShared) throw std::runtime_error(std::to_string(shared) + " bytes of shared memory; sm_80 has " + std::to_string(kMostShared));
   make_room(shared);
   body = &kernel;
   failure = nullptr;
@@ -489,5 +491,12 @@ EXPORTED void emulate_counters(int64_t* out) {
   out[0] = emulate::counters.ldmatrix;
   out[1] = emulate::counters.ldmatrix_conflicts;
   emulate::counters = {};
+}
+// n floats rounded to 16 bits, and back.
+EXPORTED void emulate_round(int is_bfloat16, const float* x, int64_t n, uint16_t* out, float* back) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = is_bfloat16 ? __float2bfloat16_rn(x[i]).bits : __float2half_rn(x[i]).bits;
+    back[i] = is_bfloat16 ? __bfloat162float({out[i]}) : __half2float({out[i]});
+  }
 }
 }
