@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatronish.kernels.cuda.launch import DTYPES, is_misaligned, module, stream_of, unavailable
+from megatronish.kernels.cuda.launch import DTYPES, dense, is_misaligned, module, stream_of, unavailable
 
 HEAD_SIZES = (64, 128)
 
@@ -59,10 +59,8 @@ def forward(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor, *, scale: 
 def backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dquery, dkey, dvalue), contiguous. `out` and `lse` are forward's; `dout` is copied where it is not contiguous or aligned."""
-    dout = dout.contiguous()
-    if dout.data_ptr() % 16:
-        dout = dout.clone()
+    """(dquery, dkey, dvalue), contiguous. `out` and `lse` are forward's."""
+    dout, out, lse = dense(dout), dense(out), lse.contiguous()
     dq, dk, dv = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     delta = torch.empty_like(lse)
     if out.numel():

@@ -42,3 +42,9 @@ def is_misaligned(x: Tensor) -> bool:
     size = 16 // x.element_size()
     strides = [stride for stride, length in zip(x.stride()[:-1], x.shape[:-1], strict=True) if length > 1]
     return x.data_ptr() % 16 != 0 or (x.shape[-1] > 1 and x.stride(-1) != 1) or any(stride % size for stride in strides)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it, contiguous from an address that is a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

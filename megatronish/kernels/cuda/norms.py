@@ -7,45 +7,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatronish.kernels.cuda.launch import DTYPES, is_misaligned, module, stream_of, unavailable
+from megatronish.kernels.cuda.launch import DTYPES, dense, module, stream_of, unavailable
 
 LONGEST = 65536
 
 
-def refuses(x: Tensor, weight_D: Tensor, *others: Tensor | None) -> str | None:
-    """Why these kernels do not take such inputs; None: they do. `others`: bias, residual, gradients."""
+def refuses(x: Tensor, weight_D: Tensor) -> str | None:
+    """Why these kernels do not take such inputs; None: they do, backward too."""
     missing = unavailable(x)
     if missing is not None:
         return missing
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype} (float32, float16 and bfloat16 only)"
-    tensors = [x, weight_D, *(other for other in others if other is not None)]
-    if any(tensor.dtype != x.dtype for tensor in tensors):
-        return "inputs of several dtypes"
+    if weight_D.dtype != x.dtype:
+        return f"a weight of {weight_D.dtype} for {x.dtype}"
     D, multiple = x.shape[-1], 16 // x.element_size()
     if D % multiple or not 0 < D <= LONGEST:
         return f"rows of {D} elements (multiples of {multiple} up to {LONGEST} only)"
-    if not all(tensor.is_contiguous() for tensor in tensors) or any(is_misaligned(tensor) for tensor in tensors):
-        return "an input that is not contiguous from an address that is a multiple of 16 bytes"
     return None
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else dense(x) for x in tensors]
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def forward(
     x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(y, x + residual or x itself, 1 / deviation [..., 1], mean [..., 1] where there is a bias) of x [..., D]; RMSNorm where bias
-    is None. Statistics are float32."""
+    """Contiguous (y, x + residual or x itself, 1 / deviation [..., 1], mean [..., 1] where there is a bias) of x [..., D]; RMSNorm
+    where bias is None. Statistics are float32."""
     D = x.shape[-1]
+    x, given = dense(x), _dense(residual, weight_D, bias_D)
     y = torch.empty_like(x)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     mean = None if bias_D is None else torch.empty_like(rstd)
     summed = x if residual is None else torch.empty_like(x)
     if x.numel():
-        addresses = [_address(t) for t in (x, residual, weight_D, bias_D, y, summed, mean, rstd)]
+        addresses = _addresses(x, *given, y, summed, mean, rstd)
         module().norm_forward(DTYPES[x.dtype], rstd.numel(), D, *addresses, eps=eps, stream=stream_of(x))
     return y, summed, rstd, mean
 
@@ -53,16 +55,16 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, mean: Tensor | None, dsum: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dx, dweight, dbias) of dy and x [..., D]; LayerNorm where `mean` is given. x is what was normalised; `dsum`, the gradient
-    that it has besides, is added to dx."""
+    """Contiguous (dx, dweight, dbias) of dy and x [..., D]; LayerNorm where `mean` is given. x is what was normalised; `dsum`, the
+    gradient that it has besides, is added to dx."""
     D, rows, dtype = x.shape[-1], rstd.numel(), DTYPES[x.dtype]
     if rows == 0:
         return torch.empty_like(x), torch.zeros_like(weight_D), None if mean is None else torch.zeros_like(weight_D)
-    dx, dweight = torch.empty_like(x), torch.empty_like(weight_D)
+    given = _dense(dy, dsum, x, weight_D, mean, rstd)
+    dx, dweight = x.new_empty(x.shape), weight_D.new_empty(D)
     parts = module().norm_parts(dtype, rows, D, mean is not None)
     dweight_parts = rstd.new_empty((parts, D))
-    dbias, dbias_parts = (None, None) if mean is None else (torch.empty_like(weight_D), torch.empty_like(dweight_parts))
-    given, results = (dy, dsum, x, weight_D, mean, rstd), (dx, dweight, dbias, dweight_parts, dbias_parts)
-    addresses = [_address(t) for t in (*given, *results)]
+    dbias, dbias_parts = (None, None) if mean is None else (weight_D.new_empty(D), torch.empty_like(dweight_parts))
+    addresses = _addresses(*given, dx, dweight, dbias, dweight_parts, dbias_parts)
     module().norm_backward(dtype, rows, D, parts, *addresses, stream=stream_of(x))
     return dx, dweight, dbias
