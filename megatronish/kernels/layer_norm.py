@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatronish.kernels import peers
+from megatronish.kernels.cuda import norms as cuda_norms
 from megatronish.kernels.installed import refuses_triton
 from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
@@ -93,6 +94,7 @@ _forward_op = register(
         "reference": Implementation(_reference_forward),
         "triton": Implementation(_triton_forward, _refuses_triton),
         **peers.LAYER_NORM,
+        "cuda": Implementation(cuda_norms.layer_norm, cuda_norms.refuses),
     },
 )
 _backward_op = register(
@@ -103,6 +105,7 @@ _backward_op = register(
         "reference": Implementation(_reference_backward),
         "triton": Implementation(_triton_backward, _refuses_triton),
         **peers.LAYER_NORM_BACKWARD,
+        "cuda": Implementation(cuda_norms.layer_norm_backward, cuda_norms.refuses_backward),
     },
     choice="layer_norm",
 )

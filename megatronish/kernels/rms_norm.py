@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatronish.kernels import peers
+from megatronish.kernels.cuda import norms as cuda_norms
 from megatronish.kernels.installed import refuses_triton
 from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
@@ -83,11 +84,13 @@ _BODIES = {
     "reference": Implementation(_reference_forward),
     "triton": Implementation(_triton_forward, _refuses_triton),
     **peers.RMS_NORM,
+    "cuda": Implementation(cuda_norms.rms_norm, cuda_norms.refuses),
 }
 _BACKWARD_BODIES = {
     "reference": Implementation(_reference_backward),
     "triton": Implementation(_triton_backward, _refuses_triton),
     **peers.RMS_NORM_BACKWARD,
+    "cuda": Implementation(cuda_norms.rms_norm_backward, cuda_norms.refuses_backward),
 }
 _forward_op = register("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _forward, _forward_fake, also=_BODIES)
 _backward_op = register(

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatronish.errors import UserError
 from megatronish.kernels.cuda import norms
+from megatronish.kernels.registry import choosing
+from megatronish.kernels.table import KERNELS
 from tests.kernels.cuda_on_cpu import ORDERS, as_cuda, guarded, needs_compiler
 
 pytestmark = needs_compiler
@@ -156,3 +159,23 @@ def test_inputs_that_are_not_dense_or_not_aligned() -> None:
     for other in (odd, columns):
         for name, got in run(other, center=True, residual=True).items():
             assert torch.equal(got, want[name]), name
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_the_op_runs_them_where_the_config_says_so(name: str) -> None:
+    given_ = draw((5, 3, 96), torch.bfloat16)
+    function = KERNELS[name].function
+    inputs = [given_["x"], given_["weight"], *([given_["bias"]] if name == "layer_norm" else [])]
+    with as_cuda(), choosing({name: "cuda"}):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = function(*leaves, 1e-5)
+        grads = torch.autograd.grad(out, leaves, given_["dy"])
+    want = run(given_, center=name == "layer_norm", residual=False)
+    for got, key in zip((out, *grads), ("y", "dx", "dweight", "dbias"), strict=False):
+        assert torch.equal(got, want[key]), key
+
+
+def test_the_op_says_why_not_on_cpu() -> None:
+    given_ = draw((2, 64), torch.bfloat16)
+    with choosing({"rms_norm": "cuda"}), pytest.raises(UserError, match=r"kernels\.rms_norm=cuda.*tensors on CPU"):
+        KERNELS["rms_norm"].function(given_["x"], given_["weight"], 1e-5)

@@ -5,6 +5,7 @@ Deterministic: dQ is made in a pass of its own, dK and dV over all heads of a gr
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ def refuses(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor) -> str | N
     if any(is_misaligned(x) for x in (query_SBHK, key_SBGK, value_SBGK)):
         return "an input whose address or strides are not multiples of 16 bytes"
     return None
+
+
+def refuses_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
+    """`refuses`, of the backward op's arguments."""
+    return refuses(query, key, value)
 
 
 def _common(query: Tensor, key: Tensor, value: Tensor) -> tuple[object, ...]:

@@ -13,6 +13,9 @@ from megatronish.comm.streams import stream_handle
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """As csrc/cuda/cuda.h numbers them."""
 
+DEVICE_TYPE = "cuda"
+"""Of the tensors that the kernels take; tests run them on the CPU."""
+
 
 def module() -> ModuleType:
     """megatronish._cuda; only where `unavailable()` is None."""
@@ -22,8 +25,10 @@ def module() -> ModuleType:
 
 def unavailable(x: Tensor) -> str | None:
     """Why nothing of megatronish._cuda takes this tensor, whatever the op; None: it does."""
+    if x.device.type != DEVICE_TYPE:
+        return f"tensors on {x.device.type.upper()}"
     if native.cuda is None:
-        return f"megatronish._cuda is {native.cuda_outcome}"
+        return f"megatronish._cuda: {native.cuda_outcome}"
     if x.device.type == "cuda":
         if torch.cuda.get_device_capability(x.device) < (8, 0):
             return "compute capability below 8.0"

@@ -4,6 +4,8 @@ Deterministic: partial sums of dweight and dbias are added in a fixed order; how
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from megatronish.kernels.cuda.launch import DTYPES, dense, module, stream_of, un
 LONGEST = 65536
 
 
-def refuses(x: Tensor, weight_D: Tensor) -> str | None:
+def refuses(x: Tensor, weight_D: Tensor, *others: Any) -> str | None:
     """Why these kernels do not take such inputs; None: they do, backward too."""
     missing = unavailable(x)
     if missing is not None:
@@ -67,4 +69,40 @@ def backward(
     dbias, dbias_parts = (None, None) if mean is None else (weight_D.new_empty(D), torch.empty_like(dweight_parts))
     addresses = _addresses(*given, dx, dweight, dbias, dweight_parts, dbias_parts)
     module().norm_backward(dtype, rows, D, parts, *addresses, stream=stream_of(x))
+    return dx, dweight, dbias
+
+
+def refuses_backward(dy: Tensor, x: Tensor, weight_D: Tensor, *others: Any) -> str | None:
+    """`refuses`, of a backward op's arguments."""
+    return refuses(x, weight_D)
+
+
+def _like(result: Tensor, x: Tensor) -> Tensor:
+    """`result` in the layout of x, which is what the op's other bodies give."""
+    return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The op of kernels/rms_norm.py."""
+    y, _, rstd, _ = forward(x, weight_D, None, eps)
+    return _like(y, x), rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The backward op of kernels/rms_norm.py."""
+    dx, dweight, _ = backward(dy, x, weight_D, rstd, None)
+    return _like(dx, x), dweight
+
+
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The op of kernels/layer_norm.py."""
+    y, _, rstd, mean = forward(x, weight_D, bias_D, eps)
+    assert mean is not None
+    return y, mean, rstd
+
+
+def layer_norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward op of kernels/layer_norm.py."""
+    dx, dweight, dbias = backward(dy, x, weight_D, rstd, mean)
+    assert dbias is not None
     return dx, dweight, dbias

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatronish import native
+from megatronish.kernels.cuda import launch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -138,13 +139,13 @@ def as_cuda(order: Literal["first", "last"] | int = "first", copies: Literal["la
     """megatronish.native.cuda is the emulated module. `order`: the first or the last thread and block first, or a seed from 2."""
     number = {"first": 0, "last": 1}[order] if isinstance(order, str) else order
     _library().emulate_configure(number, int(copies == "late"))
-    before = native.cuda
-    native.cuda = emulated()
+    before = native.cuda, launch.DEVICE_TYPE
+    native.cuda, launch.DEVICE_TYPE = emulated(), "cpu"
     try:
         with _Guarding("end" if number != 1 else "start"):
             yield native.cuda
     finally:
-        native.cuda = before
+        native.cuda, launch.DEVICE_TYPE = before
 
 
 def counters() -> dict[str, int]:
