@@ -115,20 +115,12 @@ class BuildNative(build_ext):
     def compile_cuda(self, command: list[str], source: Path) -> str:
         """The object file; what ptxas says of registers and spills goes to build/cuda, where a test reads it."""
         target = Path(self.build_temp) / f"{source.stem}.o"
-        command = [
-            *command,
-            "-Xptxas=-v",
-            *([] if source.stem in FUSED else ["--fmad=false"]),
-            "-c",
-            str(source),
-            "-o",
-            str(target),
-        ]
-        said = self.run_nvcc(command)
+        exact = [] if source.stem in FUSED else ["--fmad=false"]
+        texts = [path.read_text() for path in [source, *sorted(source.parent.glob("*.h"))]]
+        said = self.run_nvcc([*command, "-Xptxas=-v", *exact, "-c", str(source), "-o", str(target)])
         if source.suffix == ".cu":
             report = Path(__file__).resolve().parent / "build" / "cuda" / f"{source.stem}.ptxas"
             report.parent.mkdir(parents=True, exist_ok=True)
-            texts = [path.read_text() for path in [source, *sorted(source.parent.glob("*.h"))]]
             report.write_text(hashlib.sha256("".join(texts).encode()).hexdigest() + "\n" + said)
         return str(target)
 

@@ -30,7 +30,8 @@ __device__ __forceinline__ void load_rows(T* tile, const T* matrix, int64_t stri
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0, "every thread copies as many chunks");
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
   const T* from = matrix + chunk * 8;
-#pragma unroll
+  // All addresses at once would push accumulators out of the registers; the same holds for the places of fragments below.
+#pragma unroll 2
   for (int i = 0; i < kRows; i += kStep) {
     const int at = first + row + i;
     const bool is_inside = at < num_rows;
@@ -42,7 +43,7 @@ __device__ __forceinline__ void load_rows(T* tile, const T* matrix, int64_t stri
 template <typename T, int K, int kTiles, int kRows>
 __device__ __forceinline__ void rows_by_rows(float (&d)[kTiles][kRows / 8][4], const T* a, int row, const T* b) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 4
   for (int k = 0; k < K / 16; ++k) {
     uint32_t left[kTiles][4];
 #pragma unroll
