@@ -279,8 +279,8 @@ class ObserveConfig(Section):
     """Send metrics to Weights & Biases too (WANDB_MODE=offline keeps them on disk)."""
 
 
-AttentionBody = Literal["auto", "reference", "torch", "triton", "flash-attn"]
-NormBody = Literal["auto", "reference", "torch", "triton", "liger", "apex"]
+AttentionBody = Literal["auto", "reference", "torch", "triton", "cuda", "flash-attn"]
+NormBody = Literal["auto", "reference", "torch", "triton", "cuda", "liger", "apex"]
 
 
 class KernelsConfig(Section):

@@ -371,6 +371,16 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("model.hidden_size=96", "model.num_heads=8", "12", "multiples of 8"),
     ),
+    "kernels.attention=cuda computes in 16 bits": (
+        {"kernels": {"attention": "cuda"}, "train": {"dtype": "float32"}, "model": {"hidden_size": 512}},
+        None,
+        ("cuda", "train.dtype=float32"),
+    ),
+    "kernels.attention=cuda takes heads of 64 or 128": (
+        {"kernels": {"attention": "cuda"}, "train": {"dtype": "bfloat16"}, "model": {"hidden_size": 96}},
+        None,
+        ("model.hidden_size=96", "model.num_heads=8", "12", "64 or 128"),
+    ),
     "train.steps or train.tokens": ({"train": {"tokens": 5}}, None, ("100", "5")),
     "optim.warmup_steps <= steps": ({"optim": {"warmup_steps": 101}}, None, ("101", "100")),
     "wsd needs optim.decay_steps": ({"optim": {"schedule": "wsd"}}, None, ("optim.decay_steps", "wsd")),

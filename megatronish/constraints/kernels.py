@@ -31,4 +31,25 @@ KERNELS = (
             "set kernels.attention to auto, or change model.num_heads"
         ),
     ),
+    Constraint(
+        name="kernels.attention=cuda computes in 16 bits",
+        keys=("kernels.attention", "train.dtype"),
+        applies=lambda c: c.config.kernels.attention == "cuda",
+        holds=lambda c: c.train.dtype in ("bfloat16", "float16"),
+        message=lambda c: (
+            f"kernels.attention=cuda does not take train.dtype={c.train.dtype}; set kernels.attention to auto, or train.dtype to "
+            "bfloat16 or float16"
+        ),
+    ),
+    Constraint(
+        name="kernels.attention=cuda takes heads of 64 or 128",
+        keys=("kernels.attention", "model.num_heads", "model.hidden_size"),
+        applies=lambda c: c.config.kernels.attention == "cuda" and _has_heads(c),
+        holds=lambda c: c.model.head_size in (64, 128),
+        message=lambda c: (
+            "kernels.attention=cuda takes head sizes of 64 or 128, but "
+            f"model.hidden_size={c.model.hidden_size} / model.num_heads={c.model.num_heads} is {c.model.head_size}; "
+            "set kernels.attention to auto, or change model.num_heads"
+        ),
+    ),
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatronish.kernels import peers
+from megatronish.kernels.cuda import attention as cuda_attention
 from megatronish.kernels.installed import refuses_triton
 from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
@@ -131,6 +132,7 @@ _forward_op = register(
     also={
         "reference": Implementation(_reference_forward),
         "triton": Implementation(_triton_forward, _refuses_triton),
+        "cuda": Implementation(cuda_attention.forward, cuda_attention.refuses),
         **peers.ATTENTION,
     },
 )
@@ -141,6 +143,7 @@ _backward_op = register(
     also={
         "reference": Implementation(_whole_reference_backward),
         "triton": Implementation(_triton_backward, _refuses_triton_backward),
+        "cuda": Implementation(cuda_attention.backward, cuda_attention.refuses_backward),
         **peers.ATTENTION_BACKWARD,
     },
     choice="attention",

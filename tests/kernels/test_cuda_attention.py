@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatronish.kernels import attention as op
 from megatronish.kernels.cuda import attention as cuda
+from megatronish.kernels.registry import choosing
 from tests.kernels.cuda_on_cpu import ORDERS, as_cuda, counters, guarded, needs_compiler
 
 pytestmark = needs_compiler
@@ -151,3 +152,14 @@ def test_agrees_with_the_op() -> None:
     wants, _ = truth(*inputs, 1 / 8)
     torch.testing.assert_close(wants[0], out)
     torch.testing.assert_close(wants[1], lse)
+
+
+def test_the_op_runs_them_where_the_config_says_so() -> None:
+    *inputs, dout = draw(50, 2, 4, 2, 64, torch.bfloat16)
+    with as_cuda(), choosing({"attention": "cuda"}):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = op.attention(*leaves)
+        grads = torch.autograd.grad(out, leaves, dout)
+    want = run(*inputs, dout)
+    for got, key in zip((out, *grads), (0, 2, 3, 4), strict=True):
+        assert torch.equal(got, want[key])
