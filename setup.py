@@ -7,19 +7,23 @@ written to `megatronish/native_build.json`; `python -m megatronish.native` print
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CUDA_ARCHS = ("80", "90", "100")
+CUDA_ARCHS = ("80", "90a", "100")
+FUSED = ("attention", "norms")
+"""CUDA sources that may use fused multiply-add; the others round as their CPU code does."""
 
 
 def find_nvcc() -> str | None:
@@ -36,7 +40,7 @@ def find_nvcc() -> str | None:
 def cuda_arch_flags(nvcc: str) -> list[str]:
     """Machine code for each of CUDA_ARCHS that this nvcc knows, and PTX of the newest for the devices that follow."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch.rstrip('a')}" in known]
     if not archs:
         raise CompileError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -90,7 +94,7 @@ class BuildNative(build_ext):
         self.record[name] = "built"
 
     def build_cuda(self, ext: Extension) -> None:
-        """One call of nvcc: kernels, bindings, static CUDA runtime."""
+        """Kernels and bindings, side by side, then one module with a static CUDA runtime."""
         if os.environ.get("MEGATRONISH_CUDA") == "0":
             raise CompileError("MEGATRONISH_CUDA=0")
         nvcc = find_nvcc()
@@ -98,17 +102,35 @@ class BuildNative(build_ext):
             raise CompileError("no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin")
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-shared", "-cudart=static", "-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        command += cuda_arch_flags(nvcc)
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_arch_flags(nvcc)]
         if os.environ.get("CXX"):
             command.append(f"-ccbin={os.environ['CXX']}")
         command += [f"-D{macro}={value}" for macro, value in ext.define_macros]
         command += [f"-I{folder}" for folder in [*ext.include_dirs, sysconfig.get_paths()["include"]]]
-        command += [*ext.sources, "-o", str(output)]
-        print(" ".join(command))
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(lambda source: self.compile_cuda(command, Path(source)), ext.sources))
+        self.run_nvcc([nvcc, "-shared", "-cudart=static", *objects, "-o", str(output)])
+
+    def compile_cuda(self, command: list[str], source: Path) -> str:
+        """The object file; what ptxas says of registers and spills goes to build/cuda, where a test reads it."""
+        target = Path(self.build_temp) / f"{source.stem}.o"
+        exact = [] if source.stem in FUSED else ["--fmad=false"]
+        texts = [path.read_text() for path in [source, *sorted(source.parent.glob("*.h"))]]
+        said = self.run_nvcc([*command, "-Xptxas=-v", *exact, "-c", str(source), "-o", str(target)])
+        if source.suffix == ".cu":
+            report = Path(__file__).resolve().parent / "build" / "cuda" / f"{source.stem}.ptxas"
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(hashlib.sha256("".join(texts).encode()).hexdigest() + "\n" + said)
+        return str(target)
+
+    def run_nvcc(self, command: list[str]) -> str:
+        """What it printed; CompileError with that where it fails."""
+        print(" ".join(command), flush=True)
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
             raise CompileError(f"nvcc ended with {result.returncode}: {(result.stderr or result.stdout)[-2000:]}")
+        return result.stdout + result.stderr
 
 
 def extensions() -> list[Extension]:
@@ -130,9 +152,9 @@ def extensions() -> list[Extension]:
         ),
         Extension(
             "megatronish._cuda",
-            ["csrc/bindings.cpp", "csrc/cuda/adamw.cu"],
+            ["csrc/bindings.cpp", *(f"csrc/cuda/{name}.cu" for name in ("adamw", "attention", "norms"))],
             define_macros=[("MEGATRONISH_CUDA", "1")],
-            depends=["csrc/cuda/cuda.h"],
+            depends=[f"csrc/cuda/{name}.h" for name in ("cuda", "device", "mma")],
             **shared,
         ),
     ]

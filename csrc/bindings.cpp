@@ -3,13 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
 
 // The number in megatronish/native.py: changed together whenever arguments change, so that an old build is not called.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 template <typename T>
 static T* at(Address address) {
@@ -107,6 +108,25 @@ PYBIND11_MODULE(_cpu, m) {
 #ifdef MEGATRONISH_CUDA
 #include "cuda/cuda.h"
 
+// Of attention: S, B, H, G, K; addresses of queries, keys, values; of each its strides in elements of S, B and heads.
+using Sizes = std::array<int64_t, 5>;
+using Inputs = std::array<Address, 3>;
+using Strides = std::array<std::array<int64_t, 3>, 3>;
+
+static megatronish::AttentionShape attention_shape(int dtype, const Sizes& s) {
+  return {s[0], s[1], s[2], s[3], s[4], megatronish::Dtype(dtype)};
+}
+
+static megatronish::AttentionInputs attention_inputs(const Inputs& inputs, const Strides& strides) {
+  megatronish::AttentionInputs a{at<void>(inputs[0]), at<void>(inputs[1]), at<void>(inputs[2]), {}, {}, {}};
+  for (int i = 0; i < 3; ++i) {
+    a.q_stride[i] = strides[0][i];
+    a.k_stride[i] = strides[1][i];
+    a.v_stride[i] = strides[2][i];
+  }
+  return a;
+}
+
 PYBIND11_MODULE(_cuda, m) {
   using namespace megatronish;
   m.doc() = "Native CUDA operations on the current device; addresses and the stream are integers, 0 for none.";
@@ -133,5 +153,50 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("scalars"),
       py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "attention_forward",
+      [](int dtype, const Sizes& sizes, const Inputs& inputs, const Strides& strides, Address out, Address lse, double scale,
+         Address stream) {
+        attention_forward(attention_shape(dtype, sizes), attention_inputs(inputs, strides), at<void>(out), at<float>(lse), scale,
+                          at<void>(stream));
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("inputs"), py::arg("strides"), py::arg("out"), py::arg("lse"), py::kw_only(),
+      py::arg("scale"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "attention_backward",
+      [](int dtype, const Sizes& sizes, const Inputs& inputs, const Strides& strides, Address dout, Address out, Address lse,
+         Address delta, Address dq, Address dk, Address dv, double scale, Address stream) {
+        attention_backward(attention_shape(dtype, sizes), attention_inputs(inputs, strides),
+                           {at<void>(dout), at<void>(out), at<float>(lse), at<float>(delta), at<void>(dq), at<void>(dk), at<void>(dv)},
+                           scale, at<void>(stream));
+      },
+      py::arg("dtype"), py::arg("sizes"), py::arg("inputs"), py::arg("strides"), py::arg("dout"), py::arg("out"), py::arg("lse"),
+      py::arg("delta"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::kw_only(), py::arg("scale"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "norm_forward",
+      [](int dtype, int64_t rows, int64_t D, Address x, Address residual, Address weight, Address bias, Address y, Address sum,
+         Address mean, Address rstd, double eps, Address stream) {
+        norm_forward({Dtype(dtype), rows, D, at<void>(x), at<void>(residual), at<void>(weight), at<void>(bias), at<void>(y),
+                      at<void>(sum), at<float>(mean), at<float>(rstd), eps},
+                     at<void>(stream));
+      },
+      py::arg("dtype"), py::arg("rows"), py::arg("D"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+      py::arg("y"), py::arg("sum"), py::arg("mean"), py::arg("rstd"), py::kw_only(), py::arg("eps"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("norm_parts", [](int dtype, int64_t rows, int64_t D, bool center) { return norm_parts(rows, D, Dtype(dtype), center); },
+        py::arg("dtype"), py::arg("rows"), py::arg("D"), py::arg("center"));
+  m.def(
+      "norm_backward",
+      [](int dtype, int64_t rows, int64_t D, int64_t parts, Address dy, Address dsum, Address x, Address weight, Address mean,
+         Address rstd, Address dx, Address dweight, Address dbias, Address dweight_parts, Address dbias_parts, Address stream) {
+        norm_backward({Dtype(dtype), rows, D, parts, at<void>(dy), at<void>(dsum), at<void>(x), at<void>(weight), at<float>(mean),
+                       at<float>(rstd), at<void>(dx), at<void>(dweight), at<void>(dbias), at<float>(dweight_parts),
+                       at<float>(dbias_parts)},
+                      at<void>(stream));
+      },
+      py::arg("dtype"), py::arg("rows"), py::arg("D"), py::arg("parts"), py::arg("dy"), py::arg("dsum"), py::arg("x"), py::arg("weight"),
+      py::arg("mean"), py::arg("rstd"), py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("dweight_parts"),
+      py::arg("dbias_parts"), py::kw_only(), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 #endif

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from megatronish.comm.host import read_values
 from megatronish.data.loader import evaluation_batches
 from megatronish.early_stopping import EarlyStopping
 from megatronish.errors import RunStopped, Superseded
+from megatronish.kernels.dispatch import Decision
 from megatronish.not_finite import require_sound_steps
 from megatronish.observe.metrics import MetricsWriter
 from megatronish.observe.profile import ProfileWindow
@@ -40,6 +41,8 @@ class AfterStep:
     progress: TrainingProgress | None
     peak_tflops: float
     early_stopping: EarlyStopping
+    kernels: Sequence[Decision] = ()
+    """What the run's ops run as: saved with it."""
 
     def __post_init__(self) -> None:
         self._since = (0, time.perf_counter())
@@ -225,7 +228,13 @@ class AfterStep:
     def save(self, step: int) -> None:
         """Save a checkpoint after `step`, or begin to. Collective over the job."""
         started = streams.wall_time(self.run.mesh.device)
-        self.saver.save(step, numbers={"early_stopping": self.early_stopping.state()})
+        self.saver.save(
+            step,
+            numbers={
+                "early_stopping": self.early_stopping.state(),
+                "kernels": [decision.saved() for decision in self.kernels],
+            },
+        )
         self._skip(time.perf_counter() - started)
 
     def _skip(self, seconds: float) -> None:

@@ -283,6 +283,27 @@ class ObserveConfig(Section):
     """Send metrics to Weights & Biases too (WANDB_MODE=offline keeps them on disk)."""
 
 
+AttentionBody = Literal["auto", "reference", "torch", "triton", "cuda", "flash-attn"]
+NormBody = Literal["auto", "reference", "torch", "triton", "cuda", "liger", "apex"]
+
+
+class KernelsConfig(Section):
+    """Which body of an op runs. `auto`: on GPU the fastest of those that match the reference on this device, measured at the start
+    and kept with the run; on CPU `torch`. A body that is named here runs, or the run is refused with the reason."""
+
+    attention: AttentionBody = "auto"
+    """Attention, with or without documents and dropout."""
+    rms_norm: NormBody = "auto"
+    """Llama's norm."""
+    layer_norm: NormBody = "auto"
+    """GPT-2's norm."""
+
+    @property
+    def forced(self) -> dict[str, str]:
+        """What is named, by op."""
+        return {op: name for op, name in self.model_dump().items() if name != "auto"}
+
+
 class Config(Section):
     """One run."""
 
@@ -295,6 +316,7 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
 

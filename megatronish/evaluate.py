@@ -28,6 +28,7 @@ from megatronish.data.gpt_dataset import GPTDataset, TokenDataset
 from megatronish.data.loader import evaluation_batches
 from megatronish.errors import UserError
 from megatronish.json_file import writable, write_json
+from megatronish.kernel_choices import use_saved
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import connect, disconnect, find_place
@@ -123,6 +124,7 @@ def main(
         facts = config_facts(config) | version_facts() | {"data": f"{dataset.fingerprint:016x}"}
         require_agreement(facts, world=world_group(device_kind=device.type), device=device)
         mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device, timeout_seconds=timeout)
+        use_saved(config, request.run, device)
         result = evaluate_run(request, config, mesh, dataset, measure)
         if mesh.rank == 0:
             report(result, request.json_file)

@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-INTERFACE = 2
+INTERFACE = 3
 """The number in csrc/bindings.cpp: an editable installation may hold a module that was built from older sources."""
 
-OPERATIONS = {"cpu": "AdamW, gathering and ordering of samples, BPE, dropout", "cuda": "AdamW"}
+OPERATIONS = {"cpu": "AdamW, gathering and ordering of samples, BPE, dropout", "cuda": "AdamW, attention, norms"}
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
@@ -34,13 +34,13 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 
 cpu, _cpu_outcome = _load("cpu")
-cuda, _cuda_outcome = _load("cuda")
+cuda, cuda_outcome = _load("cuda")
 
 
 def describe() -> str:
     """What is native, what runs in Python, and why; one line a module. Does not touch a GPU."""
     lines = []
-    for name, module, outcome in (("cpu", cpu, _cpu_outcome), ("cuda", cuda, _cuda_outcome)):
+    for name, module, outcome in (("cpu", cpu, _cpu_outcome), ("cuda", cuda, cuda_outcome)):
         where = "native" if module is not None else f"in Python ({outcome})"
         lines.append(f"{name}: {OPERATIONS[name]}: {where}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import math
 import platform
 from collections.abc import Mapping
@@ -34,7 +35,15 @@ def version_facts() -> dict[str, str]:
         "version of python": platform.python_version(),
         "version of torch": torch.__version__,
         "version of megatronish": __version__,
+        "version of triton": _version_of("triton"),
     }
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def require_agreement(facts: Mapping[str, str], *, world: Group, device: torch.device) -> None:

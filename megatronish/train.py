@@ -27,6 +27,7 @@ from megatronish.deepspeed_settings import check_engine, write_settings
 from megatronish.early_stopping import EarlyStopping
 from megatronish.end_signals import EndSignals
 from megatronish.errors import SAVED, UserError
+from megatronish.kernel_choices import choose_kernels, decisions_before, write_decisions
 from megatronish.life import Life, ended_by_later_life, token_of
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.observe.flops import measure_matmul_tflops
@@ -161,11 +162,16 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         with phase("resume"):
             resumed = resume_or_draw(run, around.folder, datasets.train, log)
         around.clock.end("resume")
+        with phase("kernels"):
+            before = decisions_before(around.folder.path, resumed.numbers.get("kernels"))
+            kernels = choose_kernels(config, mesh, before=before, tell=partial(log.info, "%s"))
+        around.clock.end("kernels")
         done, early_stopping = resumed.step, EarlyStopping(config.train.patience)
         early_stopping.restore(resumed.numbers.get("early_stopping", {}))
         if is_writer:
             around.folder.record(config)
             write_settings(config, mesh.shape.num_ranks, around.folder.path)
+            write_decisions(around.folder.path, kernels)
         log_facts(run, datasets, log)
         if done >= config.num_steps:
             log.info("step %d of %d: this run is complete; raise train.steps to go on", done, config.num_steps)
@@ -182,7 +188,7 @@ def run_training(config: Config, mesh: Mesh, datasets: Datasets, around: Surroun
         if is_writer:
             metrics = stack.enter_context(open_metrics(config, around, first_step=done + 1 if done else 0))
             progress = stack.enter_context(TrainingProgress(total_steps=config.num_steps, first_step=done + 1, enabled=True))
-        after = AfterStep(run, datasets, around, share, metrics, progress, peak, early_stopping)
+        after = AfterStep(run, datasets, around, share, metrics, progress, peak, early_stopping, kernels)
         stack.callback(after.close)
         after.begin(done + 1)
         around.clock.end("evaluation")

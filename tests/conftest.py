@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 from hypothesis import settings
 
 from tests.ranks import start_fork_server
+
+# Triton kernels run in its interpreter where there is no GPU. Triton asks for it once, when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No deadline: the machine may be shared. Derandomized: the same examples every time.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

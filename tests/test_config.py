@@ -28,6 +28,7 @@ def config_with(**changes: dict[str, Any]) -> Config:
         "optim": {"lr": 1e-3},
         "train": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 1},
         "parallel": {},
+        "kernels": {},
         "observe": {},
     }
     return Config(name="x", **{name: {**fields, **changes.get(name, {})} for name, fields in sections.items()})  # type: ignore[arg-type]
@@ -362,6 +363,26 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         {"parallel": {"zero_engine": "deepspeed", "zero_stage": 3}, "data": {"tokenizer": "t"}, "observe": {"sample_interval": 5}},
         None,
         ("5", "parallel.zero_stage=3"),
+    ),
+    "kernels.attention=triton has no float64": (
+        {"kernels": {"attention": "triton"}, "train": {"dtype": "float64"}},
+        None,
+        ("triton", "train.dtype=float64"),
+    ),
+    "kernels.attention=triton takes heads of 8 to 256": (
+        {"kernels": {"attention": "triton"}, "model": {"hidden_size": 96}},
+        None,
+        ("model.hidden_size=96", "model.num_heads=8", "12", "multiples of 8"),
+    ),
+    "kernels.attention=cuda computes in 16 bits": (
+        {"kernels": {"attention": "cuda"}, "train": {"dtype": "float32"}, "model": {"hidden_size": 512}},
+        None,
+        ("cuda", "train.dtype=float32"),
+    ),
+    "kernels.attention=cuda takes heads of 64 or 128": (
+        {"kernels": {"attention": "cuda"}, "train": {"dtype": "bfloat16"}, "model": {"hidden_size": 96}},
+        None,
+        ("model.hidden_size=96", "model.num_heads=8", "12", "64 or 128"),
     ),
     "train.steps or train.tokens": ({"train": {"tokens": 5}}, None, ("100", "5")),
     "optim.warmup_steps <= steps": ({"optim": {"warmup_steps": 101}}, None, ("101", "100")),

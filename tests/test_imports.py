@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "batch": (),
     "config_loader": ("config", "constraints", "yaml_file"),
     "comm": (),
-    "kernels": ("comm", "native"),
+    "kernels": ("comm", "native", "packages"),
     "data": ("config", "batch", "batch_schedule", "comm", "native", "writeback"),
     "models": ("config", "layout", "batch", "kernels", "comm.random"),
     "parallel": ("config", "layout", "comm", "kernels"),

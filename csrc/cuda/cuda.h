@@ -17,6 +17,59 @@ void adamw_cuda_float32(float* parameter, const float* gradient, float* exp_avg,
 void adamw_cuda_float64(double* parameter, const double* gradient, double* exp_avg, double* exp_avg_sq, int64_t n,
                         const double* scalars, const AdamWOptions& options, void* stream);
 
+enum class Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Queries [S, B, H, K], keys and values [S, B, G, K]; H is a multiple of G. S and S * B * H below 2^31, B, G and H below 2^16.
+struct AttentionShape {
+  int64_t S, B, H, G, K;
+  Dtype dtype;
+};
+
+// Strides in elements of S, B and heads; multiples of 8, the addresses multiples of 16 bytes. Along K elements lie side by side.
+struct AttentionInputs {
+  const void *q, *k, *v;
+  int64_t q_stride[3], k_stride[3], v_stride[3];
+};
+
+// dout and out [S, B, H, K], dq, dk and dv in the inputs' shapes: contiguous. lse and delta, which is scratch: float32 [B, H, S].
+struct AttentionGradients {
+  const void *dout, *out;
+  const float* lse;
+  float* delta;
+  void *dq, *dk, *dv;
+};
+
+// Causal attention, float16 or bfloat16, K 64 or 128: out [S, B, H, K] contiguous, lse [B, H, S] of the scaled scores.
+void attention_forward(const AttentionShape& shape, const AttentionInputs& inputs, void* out, float* lse, double scale, void* stream);
+void attention_backward(const AttentionShape& shape, const AttentionInputs& inputs, const AttentionGradients& gradients, double scale,
+                        void* stream);
+
+// Rows [rows, D] of one dtype, contiguous, 16-byte addresses, D a multiple of 16 bytes. LayerNorm where there is a bias, else RMSNorm.
+// Where there is a residual, `sum` gets x + residual and the norm is of that. Statistics: one float32 a row; `mean` of LayerNorm only.
+struct NormForward {
+  Dtype dtype;
+  int64_t rows, D;
+  const void *x, *residual, *weight, *bias;
+  void *y, *sum;
+  float *mean, *rstd;
+  double eps;
+};
+
+// x is what was normalised (the sum, where there was a residual), dsum the gradient that it has besides, or null. LayerNorm where there
+// is a mean. dweight_parts, and dbias_parts of LayerNorm: scratch, float32 [parts, D] with parts = norm_parts(...).
+struct NormBackward {
+  Dtype dtype;
+  int64_t rows, D, parts;
+  const void *dy, *dsum, *x, *weight;
+  const float *mean, *rstd;
+  void *dx, *dweight, *dbias;
+  float *dweight_parts, *dbias_parts;
+};
+
+void norm_forward(const NormForward& n, void* stream);
+void norm_backward(const NormBackward& n, void* stream);
+int64_t norm_parts(int64_t rows, int64_t D, Dtype dtype, bool center);
+
 // Number of CUDA devices; 0 where there is no driver or no device.
 int device_count();
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from megatronish.config import Config
 from megatronish.constraints.engine import ENGINE
+from megatronish.constraints.kernels import KERNELS
 from megatronish.constraints.ranks import MODEL, RAMP, RANKS, RECOMPUTE, TENSOR
 from megatronish.constraints.row import Constraint, Layout, Problem, divisors_near, multiples_near
 from megatronish.constraints.settings import DATA, OBSERVE, SCHEDULE
 
 __all__ = ["CONSTRAINTS", "Constraint", "Problem", "check", "divisors_near", "find_problems", "multiples_near", "warnings"]
 
-CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *RAMP, *RECOMPUTE, *ENGINE, *SCHEDULE, *DATA, *OBSERVE)
+CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *RAMP, *RECOMPUTE, *ENGINE, *KERNELS, *SCHEDULE, *DATA, *OBSERVE)
 
 
 def find_problems(config: Config, world_size: int | None, *, partial: bool = False) -> list[Problem]:

@@ -24,6 +24,7 @@ from megatronish.generate.decode import Continuation, Generator, Limits
 from megatronish.generate.sampling import Sampling
 from megatronish.generate.text import TextStream, continued_text, encode_prompts, end_token, read_prompts_file
 from megatronish.json_file import writable, write_json
+from megatronish.kernel_choices import use_saved
 from megatronish.local_launch import end_with_launcher, must_launch, run_local
 from megatronish.parallel.mesh import Mesh, build_mesh
 from megatronish.parallel.rendezvous import connect, disconnect, find_place
@@ -92,6 +93,7 @@ def main(request: Request, nproc: int | None, arguments: Sequence[str]) -> int:
         facts = config_facts(config) | version_facts() | {"prompts": repr((prepared.prompts, request.sampling, request.max_tokens))}
         require_agreement(facts, world=world_group(device_kind=device.type), device=device)
         mesh = build_mesh(mesh_shape(config, place.world_size), place.rank, device=device, timeout_seconds=timeout)
+        use_saved(config, request.run, device)
         printer = Printer(prepared) if mesh.rank == 0 else None
         step, samples = generate(prepared, mesh, printer)
         if request.json_file is not None and mesh.rank == 0:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import accumulate_dtype, register
+from megatronish.kernels import peers
+from megatronish.kernels.cuda import attention as cuda_attention
+from megatronish.kernels.installed import refuses_triton
+from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
 
 def reference(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +32,7 @@ def _reference_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor)
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
         out, _ = reference(*inputs)
     dq, dk, dv = torch.autograd.grad(out, inputs, dout)
-    return dq, dk, dv
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 def _as_heads(x_SBHK: Tensor, num_heads: int) -> Tensor:
@@ -84,11 +87,66 @@ def _backward_fake(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-_forward_op = register("attention(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)", _forward, _forward_fake)
+def _reference_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = reference(query, key, value)
+    return out.contiguous(), lse.contiguous()
+
+
+def _whole_reference_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _reference_backward(dout, query, key, value)
+
+
+def _triton_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    from megatronish.kernels.triton import attention
+
+    return attention.forward(query, key, value, attention.Masks(), 1.0 / math.sqrt(query.shape[-1]))
+
+
+def _triton_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from megatronish.kernels.triton import attention
+
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    return attention.backward(dout.contiguous(), query, key, value, out.contiguous(), lse, attention.Masks(), scale)
+
+
+def _refuses_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    if reason := refuses_triton(query):
+        return reason
+    from megatronish.kernels.triton import attention
+
+    return attention.refuses(query, key, value, attention.Masks())
+
+
+def _refuses_triton_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
+    return _refuses_triton(query, key, value)
+
+
+_forward_op = register(
+    "attention(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    also={
+        "reference": Implementation(_reference_forward),
+        "triton": Implementation(_triton_forward, _refuses_triton),
+        "cuda": Implementation(cuda_attention.forward, cuda_attention.refuses),
+        **peers.ATTENTION,
+    },
+)
 _backward_op = register(
     "attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    also={
+        "reference": Implementation(_whole_reference_backward),
+        "triton": Implementation(_triton_backward, _refuses_triton_backward),
+        "cuda": Implementation(cuda_attention.backward, cuda_attention.refuses_backward),
+        **peers.ATTENTION_BACKWARD,
+    },
+    choice="attention",
 )
 
 

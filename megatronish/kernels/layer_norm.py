@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import accumulate_dtype, register
+from megatronish.kernels import peers
+from megatronish.kernels.cuda import norms as cuda_norms
+from megatronish.kernels.installed import refuses_triton
+from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
 
 def reference(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
@@ -43,13 +46,68 @@ def _backward_fake(dy: Tensor, x: Tensor, weight_D: Tensor, mean: Tensor, rstd: 
     return x.new_empty(x.shape), torch.empty_like(weight_D), torch.empty_like(weight_D)
 
 
+def _reference_forward(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.to(accumulate_dtype(x))
+    mean = wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt((wide - mean).square().mean(-1, keepdim=True) + eps)
+    return reference(x, weight_D, bias_D, eps).contiguous(), mean.contiguous(), rstd.contiguous()
+
+
+def _reference_backward(dy: Tensor, x: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # By autograd, over the formula with mean and rstd as functions of x: eps is what rstd leaves of the variance.
+    wide = rstd.dtype
+    with torch.enable_grad():
+        given, weight = x.detach().to(wide).requires_grad_(), weight_D.detach().to(wide).requires_grad_()
+        centered = given - given.mean(-1, keepdim=True)
+        variance = centered.square().mean(-1, keepdim=True)
+        y = centered * torch.rsqrt(variance + (rstd.pow(-2) - variance.detach())) * weight
+    dx, dweight = torch.autograd.grad(y, (given, weight), dy.to(wide))
+    dbias = dy.to(wide).flatten(0, -2).sum(0)
+    return dx.to(x.dtype).contiguous(), dweight.to(weight_D.dtype), dbias.to(weight_D.dtype)
+
+
+def _triton_forward(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from megatronish.kernels.triton import norms
+
+    y, _, rstd, mean = norms.norm_forward(x.contiguous(), weight_D.contiguous(), bias_D.contiguous(), eps)
+    assert mean is not None
+    return y, mean, rstd
+
+
+def _triton_backward(dy: Tensor, x: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from megatronish.kernels.triton import norms
+
+    dx, dweight, dbias = norms.norm_backward(dy.contiguous(), x.contiguous(), weight_D.contiguous(), rstd, mean)
+    assert dbias is not None
+    return dx, dweight, dbias
+
+
+def _refuses_triton(x: Tensor, *others: Any) -> str | None:
+    return refuses_triton(x)
+
+
 _forward_op = register(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    also={
+        "reference": Implementation(_reference_forward),
+        "triton": Implementation(_triton_forward, _refuses_triton),
+        **peers.LAYER_NORM,
+        "cuda": Implementation(cuda_norms.layer_norm, cuda_norms.refuses),
+    },
 )
 _backward_op = register(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    also={
+        "reference": Implementation(_reference_backward),
+        "triton": Implementation(_triton_backward, _refuses_triton),
+        **peers.LAYER_NORM_BACKWARD,
+        "cuda": Implementation(cuda_norms.layer_norm_backward, cuda_norms.refuses_backward),
+    },
+    choice="layer_norm",
 )
 
 

@@ -1,27 +1,146 @@
-"""Registers an op with torch.library: a schema, the body for real tensors, and the shapes for fake ones.
+"""Registers an op with torch.library: a schema, the bodies for real tensors, and the shapes for fake ones.
 
-The body is opaque to fake tensors and torch.compile, so what an op returns is all they ever see: a rehearsal counts the same bytes
-whichever implementation runs. autograd.Functions stand outside, in each op's file.
+A body is opaque to fake tensors and torch.compile, so what an op returns is all they ever see: a rehearsal counts the same bytes
+whichever body runs. autograd.Functions stand outside, in each op's file.
+
+An op may have several bodies; `choose` says which runs (dispatch.py decides). An op of torch.library is a name of the process, and
+so is the choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from megatronish.errors import UserError
 
 _library = torch.library.Library("megatronish", "FRAGMENT")
 
+Key = tuple[str, str, str, str]
+"""(choice's name, shape bucket, dtype, kind of device)."""
 
-def register(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define `megatronish::<schema>` and return the callable. `fake` gives outputs of the right shape, dtype and strides."""
+
+def _refuses_nothing(*arguments: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A body of an op: its arguments and results are the op's."""
+
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None] = _refuses_nothing
+    """(the op's arguments) -> why it cannot do this call, in a few words; None if it can. It must not import what is not installed,
+    and must not look into tensors."""
+    is_deterministic: bool = True
+    """The same bits every time, on every device."""
+
+
+class Refused(UserError):
+    """A body that the config names cannot do a call."""
+
+    def __init__(self, choice: str, name: str, reason: str) -> None:
+        super().__init__(f"kernels.{choice}={name}: not possible here: {reason}; set it to auto or torch")
+        self.reason = reason
+
+
+@dataclass
+class _Op:
+    bodies: dict[str, Implementation]
+    """The first is what runs where nothing else is chosen."""
+    choice: str
+    """Under what name the choice is made: an op and its backward share one."""
+
+
+@dataclass
+class _Chosen:
+    forced: dict[str, str] = field(default_factory=dict)
+    measured: dict[Key, str] = field(default_factory=dict)
+
+
+_ops: dict[str, _Op] = {}
+_chosen = _Chosen()
+
+
+def register(
+    schema: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    also: Mapping[str, Implementation] | None = None,
+    choice: str | None = None,
+) -> Callable[..., Any]:
+    """Define `megatronish::<schema>` and return the callable. `fake` gives outputs of the right shape, dtype and strides.
+
+    `body` is the one named `torch`; `also` has others, by the names of `kernels:` in a config (triton, cuda, native, liger, ...).
+    `choice`: the name in `kernels:`, by default that of the op; an op and its backward share one."""
     name = schema[: schema.index("(")]
+    op = _ops[name] = _Op({"torch": Implementation(body), **(also or {})}, choice or name)
     _library.define(schema)
-    _library.impl(name, body, "CompositeExplicitAutograd")
+    # With one body there is nothing to choose.
+    run = body if len(op.bodies) == 1 else lambda *arguments: _run(op, arguments)
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"megatronish::{name}", fake, lib=_library)
-    op: Callable[..., Any] = getattr(torch.ops.megatronish, name).default
-    return op
+    overload: Callable[..., Any] = getattr(torch.ops.megatronish, name).default
+    return overload
+
+
+def _run(op: _Op, arguments: tuple[Any, ...]) -> Any:
+    if (name := _chosen.forced.get(op.choice)) is not None:
+        body = op.bodies.get(name)
+        if reason := "it does not do this kind" if body is None else body.refuses(*arguments):
+            raise Refused(op.choice, name, reason)
+        assert body is not None
+        return body.run(*arguments)
+    if _chosen.measured and (name := _chosen.measured.get(key_of(op.choice, arguments))) in op.bodies:
+        body = op.bodies[name]
+        if body.refuses(*arguments) is None:
+            return body.run(*arguments)
+    return op.bodies["torch"].run(*arguments)
+
+
+def key_of(choice: str, arguments: Iterable[Any]) -> Key:
+    """What a call is measured under: all dimensions but the last of its first floating tensor rounded up to powers of two."""
+    x = next(a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    rounded = [1 << (size - 1).bit_length() if size else 0 for size in x.shape[:-1]]
+    return choice, "x".join(map(str, [*rounded, x.shape[-1]])), str(x.dtype).removeprefix("torch."), x.device.type
+
+
+def bodies_of(choice: str) -> dict[str, list[Implementation]]:
+    """Every body that the ops of a choice have, by name, in the order in which they were registered."""
+    found: dict[str, list[Implementation]] = {}
+    for op in _ops.values():
+        if op.choice == choice:
+            for name, body in op.bodies.items():
+                found.setdefault(name, []).append(body)
+    return found
+
+
+def choices() -> list[str]:
+    """Names of all choices: those of ops that have more than one body."""
+    return list(dict.fromkeys(op.choice for op in _ops.values() if len(op.bodies) > 1))
+
+
+def choose(*, forced: Mapping[str, str], measured: Mapping[Key, str]) -> None:
+    """What runs from now on in this process: `forced` by name of the choice, else `measured`, else `torch`. A body that was
+    measured and refuses a call leaves it to `torch`; one that is forced raises Refused."""
+    _chosen.forced, _chosen.measured = dict(forced), dict(measured)
+
+
+@contextmanager
+def choosing(forced: Mapping[str, str]) -> Iterator[None]:
+    """`choose` for the time of a block."""
+    before = (_chosen.forced, _chosen.measured)
+    choose(forced=forced, measured={})
+    try:
+        yield
+    finally:
+        _chosen.forced, _chosen.measured = before
 
 
 def accumulate_dtype(x: torch.Tensor) -> torch.dtype:

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import accumulate_dtype, register
+from megatronish.kernels import peers
+from megatronish.kernels.cuda import norms as cuda_norms
+from megatronish.kernels.installed import refuses_triton
+from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
 
 def reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -43,9 +46,59 @@ def _backward_fake(dy: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tup
     return torch.empty_like(x), torch.empty_like(weight_D)
 
 
-_forward_op = register("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _forward, _forward_fake)
+def _reference_forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rstd = torch.rsqrt(x.to(accumulate_dtype(x)).square().mean(-1, keepdim=True) + eps)
+    return reference(x, weight_D, eps), rstd
+
+
+def _reference_backward(dy: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    # By autograd, over the formula with rstd as a function of x: eps is what rstd leaves of the mean square.
+    wide = rstd.dtype
+    with torch.enable_grad():
+        given, weight = x.detach().to(wide).requires_grad_(), weight_D.detach().to(wide).requires_grad_()
+        eps = rstd.pow(-2) - given.detach().square().mean(-1, keepdim=True)
+        y = given * torch.rsqrt(given.square().mean(-1, keepdim=True) + eps) * weight
+    dx, dweight = torch.autograd.grad(y, (given, weight), dy.to(wide))
+    return dx.to(x.dtype), dweight.to(weight_D.dtype)
+
+
+def _triton_forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from megatronish.kernels.triton import norms
+
+    y, _, rstd, _ = norms.norm_forward(x.contiguous(), weight_D.contiguous(), None, eps)
+    return y if x.is_contiguous() else torch.empty_like(x).copy_(y), rstd
+
+
+def _triton_backward(dy: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    from megatronish.kernels.triton import norms
+
+    dx, dweight, _ = norms.norm_backward(dy.contiguous(), x.contiguous(), weight_D.contiguous(), rstd, None)
+    return dx if x.is_contiguous() else torch.empty_like(x).copy_(dx), dweight
+
+
+def _refuses_triton(x: Tensor, *others: Any) -> str | None:
+    return refuses_triton(x)
+
+
+_BODIES = {
+    "reference": Implementation(_reference_forward),
+    "triton": Implementation(_triton_forward, _refuses_triton),
+    **peers.RMS_NORM,
+    "cuda": Implementation(cuda_norms.rms_norm, cuda_norms.refuses),
+}
+_BACKWARD_BODIES = {
+    "reference": Implementation(_reference_backward),
+    "triton": Implementation(_triton_backward, _refuses_triton),
+    **peers.RMS_NORM_BACKWARD,
+    "cuda": Implementation(cuda_norms.rms_norm_backward, cuda_norms.refuses_backward),
+}
+_forward_op = register("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _forward, _forward_fake, also=_BODIES)
 _backward_op = register(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)", _backward, _backward_fake
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    also=_BACKWARD_BODIES,
+    choice="rms_norm",
 )
 
 

@@ -41,6 +41,13 @@ class Kernel:
     """Positions of the arguments that get a gradient."""
     mutated: tuple[int, ...] = ()
     """Positions of the arguments that are written: these are results."""
+    choice: str = ""
+    """The key of a config's `kernels` that says which body runs, where it is not the name."""
+
+    @property
+    def chosen_as(self) -> str:
+        """That key."""
+        return self.choice or self.name
 
 
 def _adamw(
@@ -63,18 +70,11 @@ def _dropout(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int,
     return dropout.dropout(x, samples_B, batch_dim=batch_dim, first=first, key=key, rate=rate)
 
 
-def _masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    documents: Tensor | None,
-    samples: Tensor | None,
-    first_head: int,
-    drop_key: int,
-    rate: float,
-) -> Tensor:
-    drop = None if samples is None else masked_attention.WeightDropout(samples, first_head, drop_key, rate)
-    return masked_attention.masked_attention(query, key, value, documents_SB=documents, drop=drop)
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, *mask: Any) -> Tensor:
+    m = masked_attention.Mask(*mask)
+    drop = m.samples_B if m.samples_B is None else masked_attention.WeightDropout(m.samples_B, m.first_head, m.drop_key, m.rate)
+    given: dict[str, Any] = {"causal": m.causal, "window": m.window, "scale": m.scale, "slopes_H": m.slopes_H}
+    return masked_attention.attend(query, key, value, documents_SB=m.documents_SB, drop=drop, **given)[0]
 
 
 def _masked_attention_reference(*arguments: Any) -> Tensor:
@@ -96,6 +96,7 @@ KERNELS: dict[str, Kernel] = {
             _masked_attention_reference,
             masked_attention.sample_inputs,
             differentiable=(0, 1, 2),
+            choice="attention",
         ),
         Kernel("dropout", _dropout, dropout.reference, dropout.sample_inputs, differentiable=(0,)),
         Kernel("cached_attention", cached_attention.cached_attention, cached_attention.reference, cached_attention.sample_inputs),

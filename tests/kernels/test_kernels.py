@@ -15,6 +15,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatronish.comm.random import normal_fill_
+from megatronish.kernels import registry
 from megatronish.kernels.adamw import AdamWNumbers, adamw_
 from megatronish.kernels.cross_entropy import cross_entropy_backward, cross_entropy_parts
 from megatronish.kernels.table import KERNELS, Kernel
@@ -186,6 +187,7 @@ CALLS = all_calls()
 
 def test_every_registered_op_is_reached_from_the_table() -> None:
     registered = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("megatronish::")}
+    registered = {name for name in registered if not name.endswith("_for_tests")}
     assert {op.name().split(".")[0] for op, _ in CALLS} == registered
 
 
@@ -197,19 +199,27 @@ def test_an_op_keeps_the_promises_of_its_schema_and_its_fake(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({op.name() for op, _ in CALLS}))
-def test_fake_results_have_the_shape_dtype_and_strides_of_real_ones(name: str) -> None:
+def test_fake_results_have_the_shape_dtype_and_strides_of_real_ones_of_every_body(name: str) -> None:
+    done: list[registry.Implementation] = []
+    registered = registry._ops.get(name.split("::")[1].split(".")[0])  # not there: the one op of comm/
     for op, arguments in CALLS:
         if op.name() != name:
             continue
-        real = op(*copies(tuple(arguments)))
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
-        if real is None:
-            assert fake is None
-            continue
-        pairs = [(real, fake)] if isinstance(real, Tensor) else list(zip(real, fake, strict=True))
-        for r, f in pairs:
-            assert (r.shape, r.dtype, meaningful_strides(r)) == (f.shape, f.dtype, meaningful_strides(f))
+        for body in registered.bodies.values() if registered else [registry.Implementation(op)]:
+            # An interpreter is slow: one call is enough for a body that is not the first.
+            if body.refuses(*arguments) is not None or body in done:
+                continue
+            if registered and body is not registered.bodies["torch"]:
+                done.append(body)
+            real = body.run(*copies(tuple(arguments)))
+            if real is None:
+                assert fake is None
+                continue
+            pairs = [(real, fake)] if isinstance(real, Tensor) else list(zip(real, fake, strict=True))
+            for r, f in pairs:
+                assert (r.shape, r.dtype, meaningful_strides(r)) == (f.shape, f.dtype, meaningful_strides(f))
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 5])

@@ -1,0 +1,1 @@
+"""C++/CUDA implementations of ops: host functions over megatronish._cuda (csrc/cuda)."""

@@ -1,0 +1,44 @@
+"""Every Triton kernel compiles for each architecture within its bounds on spills and shared memory; no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatronish.packages import find_package
+
+pytestmark = pytest.mark.skipif(find_package("triton") is None, reason="triton is not installed")
+PACKAGE = Path(__file__).resolve().parents[2] / "megatronish/kernels/triton"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if "\ndef ahead(" in path.read_text())
+COMPILES = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def ahead(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatronish.kernels.triton.ahead", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=COMPILES | environment, check=False)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_kernels_compile_for_every_architecture_within_their_bounds(module: str) -> None:
+    done = ahead(module, "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        print(f"{row['name']:40} sm_{row['architecture']:<4} {row['registers']:4} {row['spill_bytes']:4} {row['shared_bytes']:7}")
+    assert done.returncode == 0, [row for row in rows if row["fault"]] or done.stderr
+    assert {row["architecture"] for row in rows} == {80, 90, 100}
+
+
+def test_attention_takes_the_matrix_units_of_its_architecture() -> None:
+    units = {(row["architecture"], row["tensor_unit"]) for row in map(json.loads, ahead("attention", "--json").stdout.splitlines())}
+    assert {(80, "mma"), (90, "wgmma"), (100, "tcgen05")} <= units
+
+
+def test_what_compiles_nothing_is_refused_in_one_line() -> None:
+    for done in (ahead("nonsense"), ahead(TRITON_INTERPRET="1")):
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "nonsense" in ahead("nonsense").stderr
