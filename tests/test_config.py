@@ -335,6 +335,11 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("train.dtype=bfloat16", "float32"),
     ),
+    "train.loss_chunks of parallel.zero_engine=deepspeed": (
+        {"parallel": {"zero_engine": "deepspeed"}, "train": {"loss_chunks": 4}},
+        None,
+        ("train.loss_chunks=4", "zero_engine to native"),
+    ),
     "optim.grad_reduce_dtype of parallel.zero_engine=deepspeed": (
         {"parallel": {"zero_engine": "deepspeed"}, "optim": {"grad_reduce_dtype": "bfloat16"}},
         None,

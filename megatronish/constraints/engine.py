@@ -50,6 +50,9 @@ ENGINE = (
         "set train.dtype to float32",
     ),
     _deepspeed_has(
+        "train.loss_chunks", lambda c: c.train.loss_chunks == 1, lambda c: c.train.loss_chunks, "set train.loss_chunks to 1"
+    ),
+    _deepspeed_has(
         "optim.grad_reduce_dtype",
         lambda c: c.optim.grad_reduce_dtype in (None, "float32"),
         lambda c: c.optim.grad_reduce_dtype,
