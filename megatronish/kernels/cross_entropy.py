@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import accumulate_dtype, register
+from megatronish.kernels.installed import refuses_triton_of_float32
+from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
 
 def reference(logits_TV: Tensor, labels_T: Tensor, first_row: int, num_valid: int, with_sum: bool = False) -> Tensor:
@@ -87,10 +88,42 @@ def _in_place_fake(*arguments: Any, **numbers: float) -> None:
     return None
 
 
+def _refuses_triton(logits_TV: Tensor, *others: Any) -> str | None:
+    if logits_TV.shape[1] > 1 and logits_TV.stride(1) != 1:
+        return "logits of a token that are not side by side"
+    return refuses_triton_of_float32(logits_TV)
+
+
+def _refuses_triton_backward(dloss_T: Tensor, logits_TV: Tensor, *others: Any) -> str | None:
+    return _refuses_triton(logits_TV)
+
+
+def _triton_forward(*arguments: Any) -> Tensor:
+    from megatronish.kernels.triton import cross_entropy
+
+    return cross_entropy.forward(*arguments)
+
+
+def _triton_backward(dloss_T: Tensor, logits_TV: Tensor, labels_T: Tensor, log_sum_exp_T: Tensor, *numbers: Any) -> Tensor:
+    from megatronish.kernels.triton import cross_entropy
+
+    grad_TV = torch.empty_like(logits_TV)
+    cross_entropy.backward(dloss_T, logits_TV, labels_T, log_sum_exp_T, grad_TV, *numbers)
+    return grad_TV
+
+
+def _triton_backward_in_place(dloss_T: Tensor, logits_TV: Tensor, labels_T: Tensor, log_sum_exp_T: Tensor, *numbers: Any) -> None:
+    from megatronish.kernels.triton import cross_entropy
+
+    cross_entropy.backward(dloss_T, logits_TV, labels_T, log_sum_exp_T, logits_TV, *numbers)
+
+
 cross_entropy_parts = register(
     "cross_entropy_parts(Tensor logits, Tensor labels, int first_row, int num_valid, bool with_sum=False) -> Tensor",
     reference,
     _forward_fake,
+    also={"triton": Implementation(_triton_forward, _refuses_triton)},
+    choice="cross_entropy",
 )
 """Columns of logits_TV are rows first_row, first_row + 1, ... of the vocabulary; the first num_valid of them are not padding."""
 
@@ -100,6 +133,8 @@ cross_entropy_backward = register(
     f"cross_entropy_backward(Tensor dloss, Tensor logits, Tensor labels, Tensor log_sum_exp, {_BACKWARD}) -> Tensor",
     reference_backward,
     _backward_fake,
+    also={"triton": Implementation(_triton_backward, _refuses_triton_backward)},
+    choice="cross_entropy",
 )
 """The gradient of the local columns, given the log-sum-exp over all ranks' columns. With label smoothing e over V tokens the
 target's weight is 1 - e and the uniform one e / V."""
@@ -108,6 +143,8 @@ cross_entropy_backward_ = register(
     f"cross_entropy_backward_(Tensor dloss, Tensor(a!) logits, Tensor labels, Tensor log_sum_exp, {_BACKWARD}) -> ()",
     reference_backward_in_place,
     _in_place_fake,
+    also={"triton": Implementation(_triton_backward_in_place, _refuses_triton_backward)},
+    choice="cross_entropy",
 )
 """The same, written over the logits, whose memory nobody else may need."""
 

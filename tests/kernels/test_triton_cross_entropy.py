@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatronish.kernels import cross_entropy as op
-from tests.kernels import triton_interpreter  # noqa: F401
 
 pytest.importorskip("triton", reason="triton is not installed")
 from megatronish.kernels.triton import cross_entropy as ours
@@ -84,10 +83,7 @@ def test_parts_and_gradient_equal_the_reference(
     assert torch.equal(in_place, apart)
 
 
-def test_no_tokens_are_no_work_and_other_inputs_are_refused() -> None:
+def test_no_tokens_are_no_work() -> None:
     nothing, labels = torch.empty(0, 7), torch.empty(0, dtype=torch.int64)
     assert ours.forward(nothing, labels, 0, 7).shape == (3, 0)
     ours.backward(torch.empty(0), nothing, labels, torch.empty(0), nothing, 0, 7)
-    assert ours.refuses(nothing, labels) is None
-    assert "float64" in str(ours.refuses(nothing.double(), labels))
-    assert "side by side" in str(ours.refuses(torch.empty(7, 3).t(), labels))

@@ -70,15 +70,6 @@ def gradient_kernel(
     tl.store(grad_ptr + token * grad_stride + columns, tl.where(valid, grad, 0.0).to(x.dtype), mask=columns < V)
 
 
-def refuses(logits_TV: Tensor, labels_T: Tensor) -> str | None:
-    """Why these kernels do not take such inputs; None: they do."""
-    if logits_TV.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {logits_TV.dtype} (float16, bfloat16 and float32 only)"
-    if logits_TV.shape[1] > 1 and logits_TV.stride(1) != 1:
-        return "a row whose logits are not side by side"
-    return None
-
-
 def forward(logits_TV: Tensor, labels_T: Tensor, first_row: int, num_valid: int, with_sum: bool = False) -> Tensor:
     """[3 or 4, T] float32: the rows of `cross_entropy_parts`."""
     T = logits_TV.shape[0]
