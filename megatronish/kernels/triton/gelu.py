@@ -173,7 +173,7 @@ def backward(
 
 
 def ahead() -> Iterator[Ahead]:
-    """GELU alone, with a bias, dropout before a residual sum, and all of it."""
+    """GELU alone, and with all that may surround it."""
     types = {
         "samples_ptr": "*i64:16",
         "dbias_ptr": "*fp32:16",
@@ -182,10 +182,9 @@ def ahead() -> Iterator[Ahead]:
         "threshold": "i64",
         "kept_scale": "fp32",
     }
-    cases = {"gelu": (False, False, True), "bias_gelu": (True, False, True), "dropout_add": (False, True, False)}
-    cases |= {"bias_gelu_dropout_add": (True, True, True)}
-    for name, (has_bias, has_dropout, use_gelu) in cases.items():
+    cases = {"gelu": (False, False), "bias_gelu_dropout_add": (True, True)}
+    for name, (has_bias, has_dropout) in cases.items():
         for backward_too, way in ((False, "forward"), (True, "backward")):
             constants = {"BACKWARD": backward_too, "HAS_BIAS": has_bias, "HAS_RESIDUAL": has_dropout, "HAS_DROPOUT": has_dropout}
-            constants |= {"GELU": use_gelu, "ALIGNED": True}
+            constants |= {"GELU": True, "ALIGNED": True}
             yield Ahead(f"{name} {way}", kernel, signature(kernel, "bf16", **types), {**constants, "BLOCK": _BLOCK}, _WARPS)

@@ -103,13 +103,12 @@ def backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, inter
 
 
 def ahead() -> Iterator[Ahead]:
-    """Both layouts, whole heads of 64 and 128, and a partly rotated head of 80."""
+    """Both layouts of a whole head of 128, and a partly rotated head of 80."""
     types = {"cos_ptr": "*fp32:16", "sin_ptr": "*fp32:16", "token_stride": "i32:16", "K": "i32:16"}
-    for K, half in ((64, 32), (128, 64), (80, 16)):
-        for interleaved in (False, True):
-            lanes, rest = triton.next_power_of_2(half), K - 2 * half
-            constants = {"R": half, "RP": lanes, "REST": triton.next_power_of_2(rest) if rest else 0, "INTERLEAVED": interleaved}
-            constants["HEADS"] = 2048 // (2 * lanes)
-            for backward_too, way in ((False, "forward"), (True, "backward")):
-                name = f"rotary K{K} R{2 * half} {'interleaved' if interleaved else 'half'} {way}"
-                yield Ahead(name, kernel, signature(kernel, "bf16", **types), {**constants, "BACKWARD": backward_too}, _WARPS)
+    for K, half, interleaved in ((128, 64, False), (128, 64, True), (80, 16, False)):
+        lanes, rest = triton.next_power_of_2(half), K - 2 * half
+        constants = {"R": half, "RP": lanes, "REST": triton.next_power_of_2(rest) if rest else 0, "INTERLEAVED": interleaved}
+        constants["HEADS"] = 2048 // (2 * lanes)
+        for backward_too, way in ((False, "forward"), (True, "backward")):
+            name = f"rotary K{K} R{2 * half} {'interleaved' if interleaved else 'half'} {way}"
+            yield Ahead(name, kernel, signature(kernel, "bf16", **types), {**constants, "BACKWARD": backward_too}, _WARPS)
