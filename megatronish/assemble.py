@@ -31,10 +31,16 @@ from megatronish.optim.sharded_grads import make_grad_buffer
 from megatronish.optim.step_guard import StepGuard
 from megatronish.optim.weight_gradients import AutogradGradients, WeightGradientQueue
 from megatronish.optim.zero import Optimizer, ZeroAdamW
-from megatronish.parallel.loss import LossTerms, vocab_parallel_cross_entropy
+from megatronish.parallel.loss import Columns, LossTerms, projected_cross_entropy, vocab_parallel_cross_entropy
 from megatronish.parallel.mesh import Mesh, MeshShape
 from megatronish.parallel.recompute import recompute_blocks, recompute_selectively
-from megatronish.parallel.tensor import TensorParallel, apply_plan, make_param_layout
+from megatronish.parallel.tensor import (
+    ColumnParallelLinear,
+    TensorParallel,
+    VocabParallelEmbedding,
+    apply_plan,
+    make_param_layout,
+)
 from megatronish.pipeline.lower import Step, Traffic, lower
 from megatronish.pipeline.runtime import ActivationSpec, PipelineRuntime
 from megatronish.pipeline.schedules import Action, Forward, actions_of_all_stages
@@ -173,8 +179,31 @@ class MaskedLossSum:
             padded_vocab_size=self.padded_vocab_size,
             group=self.group,
             terms=self.terms if training else LossTerms(),
+            logits_after="overwritten",
         )
         return (loss_SB * batch.loss_mask_SB).sum()
+
+
+@dataclass(frozen=True)
+class ChunkedLossSum:
+    """The same with the projection in it: the logits of 1/num_chunks of the tokens at a time."""
+
+    plain: MaskedLossSum
+    num_chunks: int
+
+    def __call__(self, x: Tensor, projection: nn.Module, batch: Batch, *, loss_gradient: Tensor | None) -> Tensor:
+        assert isinstance(projection, ColumnParallelLinear | VocabParallelEmbedding)
+        plain = self.plain
+        return projected_cross_entropy(
+            x,
+            projection,
+            batch.labels_SB,
+            batch.loss_mask_SB,
+            columns=Columns.of(vocab_size=plain.vocab_size, padded_vocab_size=plain.padded_vocab_size, group=plain.group),
+            terms=LossTerms() if loss_gradient is None else plain.terms,
+            num_chunks=self.num_chunks,
+            loss_gradient=loss_gradient,
+        )
 
 
 def masked_loss(config: Config, mesh: Mesh) -> MaskedLossSum:
@@ -185,12 +214,14 @@ def masked_loss(config: Config, mesh: Mesh) -> MaskedLossSum:
 
 def build_pipeline(config: Config, mesh: Mesh, model: nn.Module) -> PipelineRuntime:
     """The runtime of this rank's stage."""
+    plain = masked_loss(config, mesh)
     stage = Stage(
         model,
         stage=mesh.index("pp"),
         num_stages=mesh.size("pp"),
         num_chunks=config.parallel.num_chunks,
-        loss_function=masked_loss(config, mesh),
+        loss_function=plain,
+        projection_loss=ChunkedLossSum(plain, config.train.loss_chunks) if config.train.loss_chunks > 1 else None,
     )
     S = config.data.sequence_length // (mesh.size("tp") if config.parallel.sequence else 1)
     shape = (S, config.train.micro_batch_size, config.model.hidden_size)
@@ -323,6 +354,10 @@ def _wait_before_use(model: nn.Module, optimizer: ZeroAdamW) -> None:
     """Each block, and each module outside blocks, waits for its own parameters: forward runs under the gathering of later ones."""
     units = {name: module for name, module in model.named_children() if name != "layers"}
     units |= {f"layers.{name}": block for name, block in model.get_submodule("layers").named_children()}
+    # The projection's weight may be used without calling its module: a tied one, and one that the loss is joined with.
+    projection = "head" if "head" in units else "embedding"
     for unit_name, unit in units.items():
         names = [f"{unit_name}.{name}" for name, _ in unit.named_parameters()]
+        if unit_name == "final_norm":
+            names += [f"{projection}.{name}" for name, _ in units[projection].named_parameters()]
         unit.register_forward_pre_hook(lambda module, inputs, names=names: optimizer.ensure_parameters(names))

@@ -234,6 +234,9 @@ class TrainConfig(Section):
     """Share of the target's probability spread evenly over the vocabulary (Szegedy et al. 2016)."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of log(sum exp(logits))^2, which keeps logits near zero (Chowdhery et al. 2022)."""
+    loss_chunks: PositiveInt = 1
+    """Parts that the tokens of a microbatch are cut into for the output projection and the loss: the logits of one part exist at a
+    time, 1/loss_chunks of their memory. The same losses; parts below some 1,000 tokens cost time. 1: the logits exist whole."""
     seed: NonNegativeInt = 1234
     """Of the weights and of the order of samples."""
     eval_interval: NonNegativeInt = 0

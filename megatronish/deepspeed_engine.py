@@ -117,11 +117,20 @@ class EngineStage(Stage):
         super().__init__(model, stage=0, num_stages=1, num_chunks=1, loss_function=loss_function)
         self._optimizer = optimizer
 
-    def forward(self, index: int, batch: Batch, received: Tensor | None, *, chunk: int = 0, keep: bool) -> Tensor:
+    def forward(
+        self,
+        index: int,
+        batch: Batch,
+        received: Tensor | None,
+        *,
+        chunk: int = 0,
+        keep: bool,
+        loss_gradient: Tensor | None = None,
+    ) -> Tensor:
         """See Stage."""
         assert self._optimizer.engine is not None, "forward before the weights have values"
         self.model = self._optimizer.engine
-        return super().forward(index, batch, received, chunk=chunk, keep=keep)
+        return super().forward(index, batch, received, chunk=chunk, keep=keep, loss_gradient=loss_gradient)
 
     def backward(self, index: int, gradient: Tensor, *, chunk: int = 0) -> None:
         """See Stage. `gradient` is 1 / the global number of targets."""

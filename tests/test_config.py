@@ -336,6 +336,11 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("train.dtype=float16", "bfloat16 or float32"),
     ),
+    "train.loss_chunks of parallel.zero_engine=deepspeed": (
+        {"parallel": {"zero_engine": "deepspeed"}, "train": {"loss_chunks": 4}},
+        None,
+        ("train.loss_chunks=4", "zero_engine to native"),
+    ),
     "parallel.offload=nvme needs parallel.zero_stage=3": (
         {"parallel": {"zero_engine": "deepspeed", "zero_stage": 2, "offload": "nvme", "offload_path": "/disk"}},
         None,

@@ -54,7 +54,9 @@ class SleepingStage:
         self.unit_seconds = bench.unit_seconds
         self.busy = 0.0
 
-    def forward(self, index: int, batch: Batch, received: Tensor | None, *, chunk: int, keep: bool) -> Tensor:
+    def forward(
+        self, index: int, batch: Batch, received: Tensor | None, *, chunk: int, keep: bool, loss_gradient: Tensor | None
+    ) -> Tensor:
         """See Stage.forward."""
         self._work(FORWARD_UNITS)
         part = chunk * self.num_stages + self.stage

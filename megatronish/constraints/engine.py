@@ -49,6 +49,9 @@ ENGINE = (
         lambda c: c.train.dtype,
         "set train.dtype to bfloat16 or float32",
     ),
+    _deepspeed_has(
+        "train.loss_chunks", lambda c: c.train.loss_chunks == 1, lambda c: c.train.loss_chunks, "set train.loss_chunks to 1"
+    ),
     Constraint(
         name="parallel.offload=nvme needs parallel.zero_stage=3",
         keys=("parallel.offload", "parallel.zero_stage"),

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import accumulate_dtype, register
+from megatronish.kernels.installed import refuses_triton_of_float32
+from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
 
 def reference(x: Tensor) -> Tensor:
@@ -35,8 +36,34 @@ def _backward_fake(dy: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-_forward_op = register("gelu(Tensor x) -> Tensor", _forward, _forward_fake)
-_backward_op = register("gelu_backward(Tensor dy, Tensor x) -> Tensor", _backward, _backward_fake)
+def _triton_forward(x: Tensor) -> Tensor:
+    from megatronish.kernels.triton import gelu
+
+    y = gelu.gelu(x)
+    return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
+
+
+def _triton_backward(dy: Tensor, x: Tensor) -> Tensor:
+    from megatronish.kernels.triton import gelu
+
+    dx = gelu.gelu_backward(dy, x)
+    return dx if x.is_contiguous() else torch.empty_like(x).copy_(dx)
+
+
+def _refuses_triton(x: Tensor, *others: Any) -> str | None:
+    return refuses_triton_of_float32(x)
+
+
+_forward_op = register(
+    "gelu(Tensor x) -> Tensor", _forward, _forward_fake, also={"triton": Implementation(_triton_forward, _refuses_triton)}
+)
+_backward_op = register(
+    "gelu_backward(Tensor dy, Tensor x) -> Tensor",
+    _backward,
+    _backward_fake,
+    also={"triton": Implementation(_triton_backward, _refuses_triton)},
+    choice="gelu",
+)
 
 
 class _Gelu(torch.autograd.Function):

@@ -40,6 +40,11 @@ def refuses_triton(x: Tensor) -> str | None:
     return _refuses_triton(x.device.type == "cuda", x.dtype)
 
 
+def refuses_triton_of_float32(x: Tensor) -> str | None:
+    """The same for kernels that compute in float32."""
+    return refuses_triton(x) or ("float64 (it computes in float32)" if x.dtype == torch.float64 else None)
+
+
 def refuses_cpu(x: Tensor) -> str | None:
     """For bodies that want a GPU."""
     return None if x.device.type == "cuda" else "tensors on CPU"

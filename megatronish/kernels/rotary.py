@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import register
+from megatronish.kernels.installed import refuses_triton_of_float32
+from megatronish.kernels.registry import Implementation, register
 
 
 def rotary_tables(positions_SB: Tensor, *, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -71,9 +72,34 @@ def _backward_fake(dq_SBHK: Tensor, dk_SBGK: Tensor, dv_SBGK: Tensor, cos: Tenso
     return dq_SBHK.new_empty(S, B, G, dq_SBHK.shape[2] // G + 2, K)
 
 
-_forward_op = register("split_rotary(Tensor qkv, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
+def _triton_forward(qkv_SBGqK: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from megatronish.kernels.triton import rotary
+
+    return rotary.forward(qkv_SBGqK, cos, sin)
+
+
+def _triton_backward(dq_SBHK: Tensor, dk_SBGK: Tensor, dv_SBGK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from megatronish.kernels.triton import rotary
+
+    return rotary.backward(dq_SBHK, dk_SBGK, dv_SBGK, cos, sin)
+
+
+def _refuses_triton(x: Tensor, *others: Any) -> str | None:
+    return refuses_triton_of_float32(x)
+
+
+_forward_op = register(
+    "split_rotary(Tensor qkv, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    also={"triton": Implementation(_triton_forward, _refuses_triton)},
+)
 _backward_op = register(
-    "split_rotary_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor", _backward, _backward_fake
+    "split_rotary_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
+    _backward,
+    _backward_fake,
+    also={"triton": Implementation(_triton_backward, _refuses_triton)},
+    choice="split_rotary",
 )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.registry import register
+from megatronish.kernels.installed import refuses_triton_of_float32
+from megatronish.kernels.registry import Implementation, register
 
 
 def reference(gate_up: Tensor) -> Tensor:
@@ -33,8 +34,36 @@ def _backward_fake(dy: Tensor, gate_up: Tensor) -> Tensor:
     return torch.empty_like(gate_up)
 
 
-_forward_op = register("swiglu(Tensor gate_up) -> Tensor", reference, _forward_fake)
-_backward_op = register("swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor", _backward, _backward_fake)
+def _triton_forward(gate_up: Tensor) -> Tensor:
+    from megatronish.kernels.triton import gated
+
+    return gated.swiglu(gate_up)
+
+
+def _triton_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    from megatronish.kernels.triton import gated
+
+    grad = gated.swiglu_backward(dy, gate_up)
+    return grad if gate_up.is_contiguous() else torch.empty_like(gate_up).copy_(grad)
+
+
+def _refuses_triton(x: Tensor, *others: Any) -> str | None:
+    return refuses_triton_of_float32(x)
+
+
+_forward_op = register(
+    "swiglu(Tensor gate_up) -> Tensor",
+    reference,
+    _forward_fake,
+    also={"triton": Implementation(_triton_forward, _refuses_triton)},
+)
+_backward_op = register(
+    "swiglu_backward(Tensor dy, Tensor gate_up) -> Tensor",
+    _backward,
+    _backward_fake,
+    also={"triton": Implementation(_triton_backward, _refuses_triton)},
+    choice="swiglu",
+)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -135,6 +135,13 @@ KERNELS: dict[str, Kernel] = {
             cross_entropy.reference_backward,
             cross_entropy.backward_sample_inputs,
         ),
+        Kernel(
+            "cross_entropy_backward_",
+            cross_entropy.cross_entropy_backward_,
+            cross_entropy.reference_backward_in_place,
+            cross_entropy.backward_sample_inputs,
+            mutated=(1,),
+        ),
         Kernel("adamw", _adamw, adamw.reference, adamw.sample_inputs, mutated=(0, 2, 3, 5)),
     )
 }

@@ -7,7 +7,7 @@ global names: one or more chunks, each a range of layers that runs by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +31,10 @@ class Parts:
     """Of the attention's linears."""
     positions: bool
     """A table of learned positions, added to the embedding; else rotary positions inside attention."""
+
+
+Ending = Callable[[Tensor, nn.Module], Tensor]
+"""(normed activations [S, B, D], the projection to the vocabulary: the head, or the embedding where it is tied) -> a result."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +136,18 @@ class Decoder(nn.Module):
         self.final_norm = self.parts.norm(D, config.norm_eps, dtype=dtype, device=device) if is_last else None
         self.head = Linear(D, (rows,), dtype=dtype, device=device) if is_last and not tied else None
 
-    def forward(self, x: Tensor, context: TokenContext, chunk: int = 0) -> Tensor:
+    def forward(self, x: Tensor, context: TokenContext, chunk: int = 0, ending: Ending | None = None) -> Tensor:
         """Run one chunk: tokens [S, B] (first layer of the model) or activations [S, B, D] -> activations, or logits [S, B, V]
-        (last layer)."""
+        (last layer). `ending` then stands in the place of the projection: its result is returned."""
         layers = self.chunks[chunk]
         if layers.start == 0:
             x = self.embed(x, context)
         shared = self.shared(context)
         for i in layers:
             x = self.layers[str(i)](x, shared)
-        return self.project(x) if layers.stop == self.config.num_layers else x
+        if layers.stop < self.config.num_layers:
+            return x
+        return self.project(x) if ending is None else self.end(x, ending)
 
     def embed(self, tokens_SB: Tensor, context: TokenContext) -> Tensor:
         """[S, B] -> [S, B, D]."""
@@ -167,6 +173,13 @@ class Decoder(nn.Module):
             return self.head(x_SBD)
         assert self.embedding is not None
         return self.embedding.project(x_SBD)
+
+    def end(self, x_SBD: Tensor, ending: Ending) -> Tensor:
+        """What `ending` makes of the normed activations and the module of the projection."""
+        assert self.final_norm is not None
+        projection = self.head if self.head is not None else self.embedding
+        assert projection is not None
+        return ending(self.final_norm(x_SBD), projection)
 
 
 def init_std(config: ModelConfig, name: str) -> float | None:

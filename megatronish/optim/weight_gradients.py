@@ -28,6 +28,17 @@ class WeightGradientQueue:
         accumulate_weight_gradient(self.grad_buffer.view(weight), dy, x)
         self.grad_buffer.contributed(weight)
 
+    def add_linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
+        """bucket[weight] += dY^T X, of some tokens and maybe before backward; `complete` follows."""
+        assert self.grad_buffer is not None, "forward before attach()"
+        accumulate_weight_gradient(self.grad_buffer.view(weight), dy, x)
+
+    def complete(self, weight: nn.Parameter) -> None:
+        """`add_linear` has had all of a microbatch; called in its backward."""
+        assert self.grad_buffer is not None, "backward before attach()"
+        self.grad_buffer.view(weight)  # other microbatches may have sent off the memory since
+        self.grad_buffer.contributed(weight)
+
     def bias(self, bias: nn.Parameter, dy: Tensor) -> None:
         """bucket[bias] += sum of dY over tokens."""
         assert self.grad_buffer is not None, "backward before attach()"
@@ -50,6 +61,14 @@ class AutogradGradients:
         total = _zeros(weight)
         accumulate_weight_gradient(total, dy, x)
         return total.to(weight.dtype)
+
+    def add_linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
+        """There is nowhere to keep parts of a gradient."""
+        raise AssertionError("constraints/ refuses train.loss_chunks with gradients that go through autograd")
+
+    def complete(self, weight: nn.Parameter) -> None:
+        """See `add_linear`."""
+        raise AssertionError("constraints/ refuses train.loss_chunks with gradients that go through autograd")
 
     def bias(self, bias: nn.Parameter, dy: Tensor) -> Tensor:
         """The sum of dY over tokens."""

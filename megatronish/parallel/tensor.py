@@ -28,6 +28,12 @@ class WeightGradientSink(Protocol):
     def linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | None:
         """Owe `weight` the gradient dY^T X, for dy [..., O] and x [..., I]."""
 
+    def add_linear(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> None:
+        """The same, in parts and before backward: `complete` ends them."""
+
+    def complete(self, weight: nn.Parameter) -> None:
+        """In backward: `weight` has had all parts of `add_linear`."""
+
     def bias(self, bias: nn.Parameter, dy: Tensor) -> Tensor | None:
         """Owe `bias` the sum of dy [..., O] over tokens."""
 

@@ -26,7 +26,9 @@ class RunsMicrobatches(Protocol):
     num_stages: int
     num_parts: int
 
-    def forward(self, index: int, batch: Batch, received: Tensor | None, *, chunk: int, keep: bool) -> Tensor:
+    def forward(
+        self, index: int, batch: Batch, received: Tensor | None, *, chunk: int, keep: bool, loss_gradient: Tensor | None
+    ) -> Tensor:
         """See Stage.forward."""
 
     def backward(self, index: int, gradient: Tensor, *, chunk: int) -> Tensor | None:
@@ -101,7 +103,7 @@ class PipelineRuntime:
             output: Tensor | None
             if isinstance(step, Forward):
                 batch, keep = microbatches[step.microbatch], bool(last_backward)
-                output = stage.forward(step.microbatch, batch, received, chunk=step.chunk, keep=keep)
+                output = stage.forward(step.microbatch, batch, received, chunk=step.chunk, keep=keep, loss_gradient=loss_gradient)
             else:
                 if before_backward is not None:
                     before_backward(step.chunk, step is last_backward[step.chunk])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -112,9 +113,18 @@ class ReplayingStage:
         # A backward needs what its forward kept.
         self._runs |= {Forward(a.microbatch, a.chunk) for a in self._runs if isinstance(a, Backward)}
 
-    def forward(self, index: int, batch: Batch, received: Tensor | None, *, chunk: int = 0, keep: bool) -> Tensor:
+    def forward(
+        self,
+        index: int,
+        batch: Batch,
+        received: Tensor | None,
+        *,
+        chunk: int = 0,
+        keep: bool,
+        loss_gradient: Tensor | None = None,
+    ) -> Tensor:
         """See Stage.forward."""
-        run = lambda: self._stage.forward(index, batch, received, chunk=chunk, keep=keep)  # noqa: E731
+        run = partial(self._stage.forward, index, batch, received, chunk=chunk, keep=keep, loss_gradient=loss_gradient)
         output = self._act(Forward(index, chunk), run, keep)
         assert output is not None
         return output

@@ -49,6 +49,8 @@ class Case:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     tie_embeddings: bool = False
+    loss_chunks: int = 1
+    """Of the layout: the one-process case has 1."""
 
     @property
     def world_size(self) -> int:
@@ -62,6 +64,7 @@ class Case:
         flags += "" if self.stage_layers is None else f"-layers{'.'.join(map(str, self.stage_layers))}"
         model = "" if self.architecture == "llama" else f"{self.architecture}-"
         flags += "-tied" if self.tie_embeddings else ""
+        flags += "" if self.loss_chunks == 1 else f"-lc{self.loss_chunks}"
         return f"{model}{self.layout}{flags}-v{self.vocab_size}-b{self.bucket_mib}-m{self.num_microbatches}"
 
     @property
@@ -122,6 +125,7 @@ class Case:
                     "seed": 7,
                     "label_smoothing": self.label_smoothing,
                     "z_loss": self.z_loss,
+                    "loss_chunks": self.loss_chunks,
                 },
             }
         )

@@ -94,7 +94,7 @@ def logged_calls(job: Job, rank: int) -> list[Intercepted]:
 
 
 LAYOUTS = [
-    Case(tp=2, pp=2, dp=2, sequence=True, dtype="float32", num_microbatches=7),
+    Case(tp=2, pp=2, dp=2, sequence=True, dtype="float32", num_microbatches=7, loss_chunks=3),
     Case(tp=1, pp=4, dp=2, zero_stage=0, recompute="full", dtype="float32"),
     Case(tp=4, pp=2, sequence=True, recompute="full", dtype="bfloat16"),
     Case(tp=2, dp=3, dtype="float32", num_microbatches=6),
@@ -109,7 +109,7 @@ LAYOUTS = [
     Case(dp=4, zero_stage=0, dtype="bfloat16"),
     Case(tp=4, sequence=True, recompute="selective", num_microbatches=5),
     Case(pp=4, schedule=("gpipe", 1), num_microbatches=11),
-    Case(pp=2, dp=2, schedule=("interleaved", 2), num_microbatches=8, zero_stage=2),
+    Case(pp=2, dp=2, schedule=("interleaved", 2), num_microbatches=8, zero_stage=2, loss_chunks=3),
     Case(tp=2, pp=4, sequence=True, tie_embeddings=True, num_microbatches=6),
     Case(tp=2, dp=4, zero_stage=2, recompute="full", num_microbatches=6),
     Case(pp=2, dp=4, architecture="gpt2", z_loss=1e-3, num_microbatches=6),
