@@ -25,7 +25,14 @@ PLACES = {
     # One rank writes files and speaks.
     "after_step.py": ("__post_init__", "report", "write_memory_snapshot"),
     "checkpoint/background.py": ("_commit", "poll"),
-    "checkpoint/save.py": ("_named_tensors", "_raise_failures", "_set_aside", "accept", "save_checkpoint", "write_own_part"),
+    "checkpoint/save.py": (
+        "_named_tensors",
+        "_raise_failures",
+        "_require_replaceable",
+        "accept",
+        "save_checkpoint",
+        "write_own_part",
+    ),
     "checkpointing.py": ("__init__", "pieces"),
     "resume.py": ("resume_or_draw",),
     "startup.py": ("_require_equal_rows",),
