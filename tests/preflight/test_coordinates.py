@@ -55,7 +55,7 @@ PLACES = {
     "trainer.py": ("evaluate_batch", "join_scalars"),
     "training_samples.py": ("__call__", "__init__"),
     # Which slice of a bucket, a weight or the vocabulary.
-    "deepspeed_engine.py": ("_set", "owned_pieces"),
+    "deepspeed_engine.py": ("_given_gradients", "_set", "owned_pieces"),
     "optim/grad_buffer.py": ("owned",),
     "optim/sharded_grads.py": ("_start_oldest",),
     "optim/zero.py": ("_updated_range", "owned_pieces"),
