@@ -49,6 +49,11 @@ class Fault(UserError):
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN, errno.ENOTCONN, errno.ECONNRESET}
 
 
+def may_pass(error: OSError) -> bool:
+    """Whether the same act may succeed a moment later, or on another node."""
+    return error.errno in _PASSING
+
+
 def disk_error(number: int | None) -> type[UserError]:
     """What a disk's error `number` is to the user: a Fault where it may pass, a UserError where somebody has to change something
     (it is full, read-only, not theirs)."""

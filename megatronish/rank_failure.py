@@ -1,9 +1,9 @@
 """What a rank of many does when it fails: one report for the whole job, the right exit code, and no wall of tracebacks.
 
 Collectives no longer work then, so ranks settle who speaks through the job's store. Whoever fails first reports at once; the others
-stay silent and wait to be stopped by the launcher. A rank that only saw a peer vanish says so in one line, unless the reason was
-reported. Where the store cannot be reached (rank 0 served it and is gone), rank 0 reports at once, the others after a moment, with
-their rank.
+stay silent and wait to be stopped by the launcher. Ranks that only saw a peer vanish say so in one line each, the first three of
+them, unless the reason was reported. Where the store cannot be reached (rank 0 served it and is gone), rank 0 reports at once, the
+others after a moment, with their rank.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ _LOST_PEER = re.compile(
     r"|ncclRemoteError|remote process exited|communicator was aborted|Connection refused|failed to (recv|send), got",
     re.IGNORECASE,
 )
-_REPORTED, _FAILED = "reported", "failed"
 CHECKED = "MEGATRONISH_CHECKED"
 """Set by a batch script that has checked config, data and number of ranks."""
+MAX_LOST_PEERS = 3
+"""Ranks that say so, where nobody gave the reason: a rank that was killed takes all the others with it."""
+_REPORTED, _FAILED, _LOST = "reported", "failed", "lost"
 
 
 class Board(Protocol):
@@ -103,8 +105,10 @@ class RankGuard:
             if board is not None:
                 board.add(_FAILED, 1)
             if reason := lost_peer(error):
-                if board is None or not board.check([_REPORTED]):
+                if board is None:
                     _print(f"{who} lost a peer: {reason}")
+                elif not board.check([_REPORTED]) and (count := board.add(_LOST, 1)) <= MAX_LOST_PEERS:
+                    _print(f"{who}{', and maybe others,' if count == MAX_LOST_PEERS else ''} lost a peer: {reason}")
             elif board is not None:
                 # Ranks may give different bad input; each such message is said once. Of failures in our code the first tells most.
                 topic = f"error {zlib.crc32(str(error).encode()):08x}" if for_user else "failure"

@@ -115,7 +115,7 @@ def train_in_folder(
             clock=clock,
             told=signals.told,
             life=life,
-            is_requeued=place.restart > 0,
+            is_requeued=place.restart > 0 or (life is not None and life.continues_job),
         )
         signals.begin(failures.folder_of(folder.path, place.launch).exists)
         return run_training(config, mesh, datasets, around)

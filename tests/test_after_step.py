@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+from megatronish.life import Life
 from megatronish.observe import requests
 from megatronish.trainer import StepResult, Trainer
 from tests.ranks import ranks
@@ -88,13 +89,20 @@ def test_what_was_asked_before_the_start_is_removed_and_said(config: Path, tmp_p
     assert steps_saved(run) == [20] and not (run / "STOP").exists() and not (run / "SAVE").exists()
 
 
-def test_a_stop_that_was_asked_between_two_lives_of_a_job_still_holds(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "life",
+    [{"TORCHELASTIC_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}],
+    ids=["restarted", "next-step-of-the-allocation"],
+)
+def test_a_stop_that_was_asked_between_two_lives_of_a_job_still_holds(life: dict[str, str], config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs/tiny"
     run.mkdir(parents=True)
+    with Life(run, "slurm-7.0", 0):
+        pass
     (run / "STOP").touch()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    life = forked("train", str(config), TORCHELASTIC_RUN_ID="r", TORCHELASTIC_RESTART_COUNT="1", **alone)
-    assert life.returncode == 0 and "stopped after step 1 of 20, as RUN/STOP asked" in life.stderr, life.stderr
+    ended = forked("train", str(config), TORCHELASTIC_RUN_ID="r", **alone, **life)
+    assert ended.returncode == 0 and "stopped after step 1 of 20, as RUN/STOP asked" in ended.stderr, ended.stderr
     assert steps_saved(run) == [1] and not (run / "STOP").exists()
 
 

@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatronish import failures
-from megatronish.errors import Superseded, UserError, code_of_job, disk_error, exit_code_of
+from megatronish import failures, retries
+from megatronish.errors import Fault, Superseded, UserError, code_of_job, disk_error, exit_code_of
 from megatronish.life import Life
 from tests.small_run import (
     descendants,
@@ -55,6 +56,14 @@ def test_another_job_is_refused_while_one_lives_a_later_life_takes_over_and_the_
         pass
 
 
+def test_a_life_knows_whether_the_one_before_was_of_its_own_job(tmp_path: Path) -> None:
+    continues = []
+    for launch, restart in (("slurm-7.0", 0), ("slurm-7.1", 0), ("slurm-7.0", 1), ("slurm-8.1", 0), ("none", 0), ("none", 0)):
+        with Life(tmp_path, launch, restart) as life:
+            continues.append(life.continues_job)
+    assert continues == [False, True, True, False, False, False]
+
+
 def test_a_killed_life_frees_the_folder_at_once(tmp_path: Path) -> None:
     other = other_process(tmp_path, "none")
     other.kill()
@@ -89,6 +98,69 @@ def test_a_life_on_another_host_is_alive_while_it_beats(tmp_path: Path) -> None:
         first._thread.join()
         with Life(tmp_path, "b", 0, beat_seconds=0.1) as second:
             second.require_current()
+
+
+class FailingReads:
+    """life.json cannot be read the next `left` times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, read = 0, Path.read_text
+
+        def failing(path: Path, *arguments: Any, **options: Any) -> str:
+            if path.name == "life.json" and self.left > 0:
+                self.left -= 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return read(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "read_text", failing)
+        monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> FailingReads:
+    return FailingReads(monkeypatch)
+
+
+def test_a_life_whose_file_cannot_be_read_goes_on_and_completes_no_checkpoint_until_it_can(
+    tmp_path: Path, reads: FailingReads
+) -> None:
+    with Life(tmp_path, "slurm-7.0", 0, beat_seconds=0.05) as life:
+        reads.left = 10**9
+        assert life.is_current()
+        with pytest.raises(Fault, match="Stale file handle") as error:
+            life.require_current()
+        assert exit_code_of(error.value) == 76
+        path = tmp_path / "life.json"
+        os.utime(path, (0, 0))
+        wait_until(lambda: path.stat().st_mtime > 0, seconds=10, what="a beat")
+        reads.left = 0
+        path.rename(tmp_path / "away")
+        assert life.is_current()
+        with pytest.raises(Fault, match="names no life"):
+            life.require_current()
+        (tmp_path / "away").rename(path)
+        os.utime(path, (0, 0))
+        wait_until(lambda: path.stat().st_mtime > 0, seconds=10, what="a beat after that")
+    assert "ended" in json.loads(path.read_text())
+    with Life(tmp_path, "slurm-7.0", 1) as life:  # with no beat that would take a failure away
+        reads.left = 3
+        life.require_current()
+        with Life(tmp_path, "slurm-7.0", 2), pytest.raises(Superseded):
+            life.require_current()
+
+
+def test_a_folder_whose_life_cannot_be_read_is_not_taken_over(tmp_path: Path, reads: FailingReads) -> None:
+    other, path = other_process(tmp_path, "slurm-7.0"), tmp_path / "life.json"
+    try:
+        for num_failures, words in ((10**9, "cannot be read"), (3, "run at work")):
+            reads.left = num_failures
+            with pytest.raises(UserError, match=words) as error, Life(tmp_path, "slurm-8.0", 0):
+                pass
+            assert isinstance(error.value, Fault) == (num_failures > 3)
+            reads.left = 0
+            assert json.loads(path.read_text())["job"] == "slurm-7"
+    finally:
+        other.communicate("")
 
 
 @pytest.mark.parametrize(

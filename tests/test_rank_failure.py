@@ -96,11 +96,14 @@ def test_the_rank_that_fails_first_has_the_only_traceback(
     assert "Connection closed by peer" in logs[0] and "Traceback" not in logs[0]
 
 
-def test_a_lost_peer_that_nobody_explains_is_one_line_a_rank(board: FakeBoard, capsys: pytest.CaptureFixture[str]) -> None:
-    codes = fail_one_after_another({rank: RuntimeError(GLOO) for rank in (1, 2)})
-    assert set(codes.values()) == {76}
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("rank 1 of 4 lost a peer: ") and second.startswith("rank 2 of 4 lost a peer: ")
+def test_of_many_that_lost_a_peer_that_nobody_explains_three_say_so_in_a_line_each(
+    board: FakeBoard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = fail_one_after_another({rank: RuntimeError(GLOO) for rank in range(1, 1024)}, world_size=1024)
+    assert set(codes.values()) == {76} and len(codes) == 1023
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.startswith("rank 1 of 1024 lost a peer: ") and second.startswith("rank 2 of 1024 lost a peer: ")
+    assert third.startswith("rank 3 of 1024, and maybe others, lost a peer: ")
 
 
 def test_without_a_store_every_rank_speaks_with_its_name(

@@ -17,8 +17,9 @@ from megatronish.checkpoint.manifest import DTYPES, Manifest, TensorEntry, Tenso
 from megatronish.checkpoint.pieces import piece_key, whole_box
 from megatronish.checkpoint.verify import examine, read_manifest
 from megatronish.comm import Group
-from megatronish.errors import IntegrityError, UserError
+from megatronish.errors import IntegrityError, UserError, disk_error
 from megatronish.layout import Rectangle
+from megatronish.retries import retried
 
 _CPU = torch.device("cpu")
 _MAX_OPEN_FILES = 128
@@ -86,7 +87,7 @@ class Checkpoint:
         file, key = int(entry.files[number]), piece_key(tensor, held.offsets)
         path = self.path / self._manifest.files[file].name
         try:
-            handle = self._open(file, path)
+            handle = retried(lambda: self._open(file, path))
             if not entry.shape:  # a scalar cannot be sliced
                 whole: Tensor = handle.get_tensor(key)
                 return whole
@@ -96,7 +97,8 @@ class Checkpoint:
             part: Tensor = piece[common.within(held)]
             return part
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+            kind = disk_error(error.errno) if isinstance(error, OSError) else UserError
+            raise kind(f"{path} cannot be read: {error}") from error
 
     def _open(self, file: int, path: Path) -> Any:
         if file in self._open_files:
@@ -123,12 +125,11 @@ def _touching(entry: TensorEntry, box: Rectangle) -> list[int]:
 
 def find_checkpoints(root: Path) -> list[Path]:
     """Directories named step-N in `root`, newest first: complete by construction. None if there is no such root."""
-    if not root.is_dir():
-        return []
     try:
-        steps = [(step, child) for child in root.iterdir() if (step := step_of(child.name)) is not None]
+        children = retried(lambda: list(root.iterdir()) if root.is_dir() else [])
     except OSError as error:
-        raise UserError(f"{root} cannot be listed: {error.strerror}") from None
+        raise disk_error(error.errno)(f"{root} cannot be listed: {error.strerror}") from None
+    steps = [(step, child) for child in children if (step := step_of(child.name)) is not None]
     return [path for _, path in sorted(steps, reverse=True)]
 
 
@@ -138,9 +139,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = read_manifest(path)
     for entry in manifest.files:
         try:
-            size = (path / entry.name).stat().st_size
+            size = retried((path / entry.name).stat).st_size
         except OSError as error:
-            raise UserError(f"checkpoint {path}: {entry.name}: {error.strerror}") from None
+            raise disk_error(error.errno)(f"checkpoint {path}: {entry.name}: {error.strerror}") from None
         if size != entry.size:
             raise UserError(f"checkpoint {path}: {entry.name} has {size} bytes, {entry.size} were saved")
     return Checkpoint(path, manifest)
@@ -148,7 +149,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def newest_loadable(root: Path, *, world: Group, log: Callable[[str], None], device: torch.device = _CPU) -> Checkpoint | None:
     """The newest checkpoint that verifies, None if there is none at all. Every newer one that is refused is logged with the reason.
-    IntegrityError if all are refused. Collective over `world`: two all-gathers of fixed size for each one looked at."""
+    IntegrityError if all are refused; Fault if the disk gives no answer about one, which may be whole. Collective over `world`: two
+    all-gathers of fixed size for each one looked at."""
     refused: list[str] = []
     below: int | None = None
     while True:

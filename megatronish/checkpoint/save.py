@@ -43,7 +43,7 @@ from megatronish.checkpoint.pieces import Piece, tiling_problem
 from megatronish.checkpoint.storage import Storage
 from megatronish.checkpoint.verify import verify_checkpoint
 from megatronish.comm import Group
-from megatronish.errors import Superseded, UserError, disk_error
+from megatronish.errors import Fault, Superseded, UserError, disk_error
 
 _DISK, _INTERNAL, _SUPERSEDED = 1, 2, 3
 _PLACEHOLDER_SIZE = 10**15
@@ -130,8 +130,9 @@ class Part:
 def save_checkpoint(job: SaveJob) -> Path:
     """Save this rank's part of a checkpoint, and the whole of it. Returns the path of step-N.
 
-    Collective over `job.world`: one all-gather of fixed size (more only where step-N exists already: all ranks verify it; a sound
-    one is a UserError, a damaged one is set aside as step-N.bad-<attempt>). Waits for the device and the disk. If any rank fails
+    Collective over `job.world`: one all-gather of fixed size (more only where step-N exists already: all ranks verify it; it is set
+    aside as step-N.bad-<attempt> just before the new one takes its name, but a sound one is a UserError where the job has no token:
+    no life owns the run). Waits for the device and the disk. If any rank fails
     before the all-gather, every rank raises (UserError for the disk's errors), naming the rank and the reason, and nothing is left
     behind. After it only rank 0 works; if it fails there, it alone raises, and step-N does not exist. Older checkpoints are
     untouched until step-N is complete; then all but the `keep` newest up to this step are removed."""
@@ -185,12 +186,12 @@ def gather(job: SaveJob, part: Part) -> list[Row]:
 
 
 def accept(job: SaveJob, rows: Sequence[Row], error: Exception | None) -> None:
-    """Raise, on every rank, what made any of them fail (`error`: this rank's own). Then step-N must not be there: a sound one is a
-    UserError, a damaged one is set aside, which is collective."""
+    """Raise, on every rank, what made any of them fail (`error`: this rank's own); and, which is collective, if step-N is there and
+    must stay."""
     try:
         _raise_failures(job, rows, error)
         if rows[0].step_exists:
-            _set_aside(job)
+            _require_replaceable(job)
     except Exception:
         if job.world.index == 0:
             _remove_quietly(job, job.temporary)
@@ -264,19 +265,33 @@ def _raise_failures(job: SaveJob, rows: Sequence[Row], error: Exception | None) 
             raise RuntimeError(f"{where}: rank {rank} came with another step, token or state than rank 0")
 
 
-def _set_aside(job: SaveJob) -> None:
-    """step-N is there. Training comes to a step twice only if what it saved the first time was refused. Collective."""
+def _require_replaceable(job: SaveJob) -> None:
+    """step-N is there. UserError if it must stay. Collective.
+
+    Training comes to a step twice only if it did not resume from what it saved the first time: that was refused, or not seen, or
+    is of a branch that was given up. A token is of the life that owns the run: whether it still does is asked just before."""
     try:
         verify_checkpoint(job.final, world=job.world, device=job.device)
-    except UserError as problem:
-        if job.world.index == 0:
-            target = job.root / f"{job.final.name}.bad-{job.attempt_id}"
-            while target.name in job.storage.names(job.root):
-                target = target.with_name(target.name + "-")
-            job.storage.rename(job.final, target)
-            job.log(f"{problem}; it was set aside as {target.name}")
-        return
-    raise UserError(f"checkpoint {job.final} exists and is sound; it is never written again: remove it or use another run name")
+        problem = f"checkpoint {job.final} is sound, but this life did not resume from it"
+    except UserError as error:
+        if job.token is None and isinstance(error, Fault):
+            raise
+        problem = str(error)
+    else:
+        if job.token is None:
+            raise UserError(
+                f"checkpoint {job.final} exists and is sound; it is never written again: remove it or use another run name"
+            )
+    if job.world.index == 0:
+        job.log(f"{problem}; it is set aside as {_name_aside(job)}")
+
+
+def _name_aside(job: SaveJob) -> str:
+    """The first that is free."""
+    name, taken = f"{job.final.name}.bad-{job.attempt_id}", job.storage.names(job.root)
+    while name in taken:
+        name += "-"
+    return name
 
 
 def _finish(job: SaveJob, plan: Sequence[Sequence[Piece]], rows: Sequence[Row]) -> None:
@@ -298,6 +313,8 @@ def _finish(job: SaveJob, plan: Sequence[Sequence[Piece]], rows: Sequence[Row]) 
     job.storage.write_bytes(job.temporary / MANIFEST, _manifest(job, entries, plan))
     job.storage.sync_directory(job.temporary)
     job.require_current()
+    if rows[0].step_exists:
+        job.storage.rename(job.final, job.root / _name_aside(job))
     job.storage.rename(job.temporary, job.final)
     job.storage.sync_directory(job.root)
 

@@ -126,6 +126,7 @@ def save(
     token: str | None = None,
     values: Mapping[str, Tensor] | None = None,
     log: Callable[[str], None] = lambda line: None,
+    require_current: Callable[[], object] = lambda: None,
 ) -> Path:
     """One rank's save of random values whose seed is the step."""
     group = group or single_process_group()
@@ -145,6 +146,7 @@ def save(
             storage=storage or FileStorage(),
             token=token,
             log=log,
+            require_current=require_current,
         )
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatronish.checkpoint import FileStorage, find_checkpoints, newest_loadable, open_checkpoint, verify_checkpoint
 from megatronish.checkpoint.manifest import file_name
 from megatronish.comm import single_process_group
-from megatronish.errors import UserError
+from megatronish.errors import Superseded, UserError
 from tests.checkpoint.support import SHAPES, Crash, FailingStorage, Layout, on_threads, read_all, same, save, save_all, values_of
 
 WORLD = single_process_group()
@@ -200,6 +200,30 @@ def test_a_sound_checkpoint_is_never_written_again(tmp_path: Path) -> None:
         assert isinstance(error, UserError) and "exists and is sound" in str(error)
     assert before == {p.name: (p.stat().st_ino, p.read_bytes()) for p in path.iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_sound_checkpoint_that_a_life_did_not_resume_from_is_set_aside_whole_and_replaced(tmp_path: Path) -> None:
+    layout, lines = Layout(1, 2), []
+    (path, _) = save_all(tmp_path, 10, layout, token="slurm-7.0", values=values_of(SHAPES, 1))
+    assert save_all(tmp_path, 10, layout, token="slurm-7.1", log=lines.append) == [path, path]
+    assert newest(tmp_path) == 10
+    (aside,) = (p for p in tmp_path.iterdir() if p != path)
+    assert aside.name.startswith("step-00000010.bad-") and same(read_all(open_checkpoint(aside)), values_of(SHAPES, 1))
+    assert len(lines) == 1 and "is sound, but this life did not resume from it; it is set aside as " + aside.name in lines[0]
+
+
+def test_a_life_that_is_over_sets_no_checkpoint_of_the_next_one_aside(tmp_path: Path) -> None:
+    path = save(tmp_path, 10, token="slurm-7.1", values=values_of(SHAPES, 1))
+    asked: list[int] = []
+
+    def require_current() -> None:
+        asked.append(1)
+        if len(asked) > 1:  # the next life began while this one wrote
+            raise Superseded("over")
+
+    with pytest.raises(Superseded):
+        save(tmp_path, 10, token="slurm-7.0", require_current=require_current)
+    assert list(tmp_path.iterdir()) == [path] and same(read_all(open_checkpoint(path)), values_of(SHAPES, 1))
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_set_aside(tmp_path: Path) -> None:

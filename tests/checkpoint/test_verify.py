@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
 
+from megatronish import retries
 from megatronish.checkpoint import newest_loadable, open_checkpoint, verify, verify_checkpoint
 from megatronish.comm import Group, single_process_group
-from megatronish.errors import UserError
+from megatronish.errors import Fault, UserError
 from tests.checkpoint.support import SHAPES, Layout, on_threads, read_all, same, save, save_all, values_of
 
 LAYOUT = Layout(2, 2)
@@ -180,6 +184,37 @@ def test_all_refused_is_an_error_that_lists_them_not_a_fresh_start(tmp_path: Pat
         assert isinstance(error, UserError)
         assert "step-00000020: rank-00001.safetensors is missing" in str(error)
         assert "step-00000010: rank-00001.safetensors is missing" in str(error)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00001.safetensors"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_gives_no_answer_is_asked_again_and_then_a_fault_on_every_rank_never_a_refusal(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20):
+        save_all(tmp_path, step, LAYOUT)
+    monkeypatch.setattr(retries, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    left, open_file = [0], Path.open
+
+    def failing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == tmp_path / "step-00000020" / name and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    lines: list[str] = []
+
+    def newest(group: Group) -> int | None:
+        checkpoint = newest_loadable(tmp_path, world=group, log=lines.append)
+        return checkpoint and checkpoint.step
+
+    left[0] = 3
+    assert on_threads(2, newest) == [20, 20] and left == [0]
+    left[0] = 10**9
+    for error in on_threads(2, newest):
+        assert isinstance(error, Fault) and name in str(error) and os.strerror(number) in str(error), error
+    assert lines == []
 
 
 def test_each_file_is_read_once_by_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

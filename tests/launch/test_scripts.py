@@ -50,12 +50,24 @@ def test_too_few_arguments_are_answered_with_the_usage(script: str, arguments: l
     assert done.returncode == 2 and line.startswith("usage: ") and "CONFIG" in line
 
 
-def test_torchruns_script_hands_signals_to_the_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script_of", "options", "number", "code"),
+    [
+        ("torchrun", ["1", "2", "localhost"], signal.SIGUSR1, 1),  # torchrun's, whatever its ranks end with
+        ("mpi", ["-np", "2", "--oversubscribe", "--"], signal.SIGTERM, 75),
+    ],
+)
+def test_a_script_hands_signals_to_the_ranks(
+    script_of: str, options: list[str], number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    if script_of == "mpi" and shutil.which("mpirun") is None:
+        pytest.skip("no mpirun: tests/install_tools.sh installs it as root")
     config, run = write_run(tmp_path, train={"steps": 100_000}, checkpoint={"interval": None}), tmp_path / "runs/tiny"
-    command = ["launch/torchrun/run.sh", "1", "2", "localhost", str(config), "parallel.tensor=2"]
+    command = [f"launch/{script_of}/run.sh", *options, str(config), "parallel.tensor=2"]
     environment = clean_environment(
-        PYTHON=sys.executable, RDZV_PORT=str(free_port()), TORCHRUN_ARGS="--rdzv-backend static --node-rank 0"
-    )
+        PYTHON=sys.executable, RDZV_PORT=str(free_port()), TORCHRUN_ARGS="--rdzv-backend static --node-rank 0",
+        OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+    )  # fmt: skip
     with open(tmp_path / "log", "wb") as log:
         script = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
@@ -69,8 +81,8 @@ def test_torchruns_script_hands_signals_to_the_ranks(tmp_path: Path) -> None:
     wait_until(lambda: len(list((run / "post_mortem").glob("rank-*.json"))) == 2, seconds=60, what="what ranks are doing")
     before = step()
     wait_until(lambda: step() > before, seconds=60, what="another step")
-    script.send_signal(signal.SIGUSR1)
-    assert script.wait(timeout=200) == 1  # torchrun's, whatever its ranks end with
+    script.send_signal(number)
+    assert script.wait(timeout=200) == code, (tmp_path / "log").read_text()
     wait_until_ended(processes, seconds=30)
     assert (run / f"checkpoints/step-{step():08d}").is_dir(), (tmp_path / "log").read_text()
 

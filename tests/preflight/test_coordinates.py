@@ -25,7 +25,14 @@ PLACES = {
     # One rank writes files and speaks.
     "after_step.py": ("__post_init__", "report", "write_memory_snapshot"),
     "checkpoint/background.py": ("_commit", "poll"),
-    "checkpoint/save.py": ("_named_tensors", "_raise_failures", "_set_aside", "accept", "save_checkpoint", "write_own_part"),
+    "checkpoint/save.py": (
+        "_named_tensors",
+        "_raise_failures",
+        "_require_replaceable",
+        "accept",
+        "save_checkpoint",
+        "write_own_part",
+    ),
     "checkpointing.py": ("__init__", "pieces"),
     "resume.py": ("resume_or_draw",),
     "startup.py": ("_require_equal_rows",),
@@ -48,7 +55,7 @@ PLACES = {
     "trainer.py": ("evaluate_batch", "join_scalars"),
     "training_samples.py": ("__call__", "__init__"),
     # Which slice of a bucket, a weight or the vocabulary.
-    "deepspeed_engine.py": ("_set", "owned_pieces"),
+    "deepspeed_engine.py": ("_given_gradients", "_set", "owned_pieces"),
     "optim/grad_buffer.py": ("owned",),
     "optim/sharded_grads.py": ("_start_oldest",),
     "optim/zero.py": ("_updated_range", "owned_pieces"),
