@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-INTERFACE = 2
+INTERFACE = 3
 """The number in csrc/bindings.cpp: an editable installation may hold a module that was built from older sources."""
 
 OPERATIONS = {"cpu": "AdamW, gathering and ordering of samples, BPE, dropout", "cuda": "AdamW"}
