@@ -32,7 +32,8 @@ from torch import Tensor
 
 from megatronish import native
 from megatronish.comm.streams import stream_handle
-from megatronish.kernels.registry import register
+from megatronish.kernels.installed import refuses_triton
+from megatronish.kernels.registry import Implementation, register
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -199,6 +200,26 @@ def _body(
     )
 
 
+def _reference(*arguments: Any) -> None:
+    *given, numbers, segments, rounding, zero_grad = arguments
+    master, grad, exp_avg, exp_avg_sq, scalars, low = given
+    reference(master, grad, exp_avg, exp_avg_sq, scalars, low, AdamWNumbers(*numbers), segments, rounding, zero_grad)
+
+
+def _triton(*arguments: Any) -> None:
+    from megatronish.kernels.triton.adamw import forward
+
+    forward(*arguments)
+
+
+def _triton_refuses(*arguments: Any) -> str | None:
+    if reason := refuses_triton(arguments[1]):
+        return reason
+    from megatronish.kernels.triton.adamw import refuses
+
+    return refuses(*arguments)
+
+
 def _fake(
     master: Tensor,
     grad: Tensor,
@@ -219,6 +240,8 @@ _op = register(
     "float[] numbers, Tensor? segments, str rounding, bool zero_grad) -> ()",
     _body,
     _fake,
+    also={"triton": Implementation(_triton, _triton_refuses), "reference": Implementation(_reference)},
+    choice="adamw",
 )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatronish import native
 from megatronish.comm.streams import stream_handle
-from megatronish.kernels.registry import register
+from megatronish.kernels.installed import refuses_triton
+from megatronish.kernels.registry import Implementation, register
 
 
 def reference(tensors: list[Tensor]) -> Tensor:
@@ -49,7 +50,22 @@ def _fake(tensors: list[Tensor]) -> Tensor:
     return torch.empty((), dtype=torch.float64, device=tensors[0].device)
 
 
-_op = register("square_sum(Tensor[] tensors) -> Tensor", _body, _fake)
+def _triton(tensors: list[Tensor]) -> Tensor:
+    from megatronish.kernels.triton.adamw import square_sum
+
+    return square_sum(tensors)
+
+
+def _triton_refuses(tensors: list[Tensor]) -> str | None:
+    return refuses_triton(tensors[0])
+
+
+_op = register(
+    "square_sum(Tensor[] tensors) -> Tensor",
+    _body,
+    _fake,
+    also={"triton": Implementation(_triton, _triton_refuses), "reference": Implementation(reference)},
+)
 
 
 def square_sum(tensors: list[Tensor]) -> Tensor:
