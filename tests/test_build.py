@@ -114,7 +114,8 @@ def test_the_copy_is_right_for_every_pattern_of_leading_bits(low: torch.dtype) -
     parameter = torch.from_numpy(bits.flatten().view(np.float32).copy())
     copy, want = torch.zeros(len(parameter), dtype=low), parameter.to(low)
     zeros = [torch.zeros(len(parameter)) for _ in range(3)]
-    given = arguments([parameter, *zeros], torch.ones(2), copy)
+    scalars = torch.ones(2)
+    given = arguments([parameter, *zeros], scalars, copy)
     native.cpu.adamw(*given, **{**HYPER, "lr": 0.0}, **NEAREST, threads=1)
     assert torch.equal(torch.isnan(copy), torch.isnan(want))
     sure = ~torch.isnan(want)

@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "cpu.h"
 
 namespace megatronish {
@@ -197,7 +201,20 @@ void range_float64(double* __restrict p, const double* __restrict g, double* __r
 }
 
 constexpr int64_t kSmallestPart = 1 << 16;  // below this a thread costs more than it saves
-constexpr int64_t kZeroed = 1 << 10;        // elements between two zeroings: their gradients are still in the first cache
+constexpr int64_t kPiece = 1 << 10;         // elements at a time: what is done to them in turn finds them in the first cache
+
+void stream(uint16_t* to, const uint16_t* from, int64_t n) {
+#if defined(__SSE2__)
+  int64_t i = 0;
+  for (; i < n && reinterpret_cast<uintptr_t>(to + i) % 64 != 0; ++i) to[i] = from[i];
+  for (; i + 32 <= n; i += 32)
+    for (int j = 0; j < 32; j += 8)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + j)));
+  for (; i < n; ++i) to[i] = from[i];
+#else
+  std::memcpy(to, from, size_t(n) * sizeof *to);
+#endif
+}
 
 // work(start, stop, decays, draw) on stretches of [start, stop) that decay alike, and where it is drawn, lie one after the other in
 // one tensor.
@@ -224,13 +241,17 @@ void by_segment(const AdamWSegments& segments, int64_t start, int64_t stop, bool
 constexpr int kLanes = 32;
 constexpr int64_t kSumBlock = 1 << 14;  // elements of one partial sum; a part of what a result is
 
-// Squares of float32 are exact in double, so the error is that of some hundred additions a lane, and of as many of blocks.
+// Squares of float32 are exact in double, so the error is that of some hundred additions a lane, and of as many of blocks. From cache this
+// runs at three times the rate of memory; fetching ahead gives a tenth.
 template <typename T>
 inline __attribute__((always_inline)) double block_sum(const T* __restrict x, int64_t n) {
   double lanes[kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  for (; i + kLanes <= n; i += kLanes) {
+    for (size_t ahead = 0; ahead < kLanes * sizeof(T); ahead += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096 + ahead);
     for (int j = 0; j < kLanes; ++j) lanes[j] += double(x[i + j]) * double(x[i + j]);
+  }
   for (int j = 0; i < n; ++i, ++j) lanes[j] += double(x[i]) * double(x[i]);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
@@ -272,17 +293,24 @@ void adamw_float32(const AdamWTensors& t, int64_t n, const float* scalars, const
   const Range run = choose(t);
   const int64_t p = t.master == kFloat32 ? 4 : 2, m = t.moments == kFloat32 ? 4 : 2;
   const uint32_t step = uint32_t(scalars[1]);
+  // Streamed, since a plain store would read the line first; beside remainders it has been read anyway.
+  const bool streams = t.low != nullptr && t.master == kFloat32;
   parallel_for(n, kSmallestPart, threads, [&](int64_t part, int64_t end) {
+    alignas(64) uint16_t copy[kPiece];
     by_segment(segments, part, end, t.stochastic, step, [&](int64_t start, int64_t stop, bool decays, Draw draw) {
       for (int64_t i = start; i < stop;) {
-        const int64_t size = t.zero_gradient ? std::min(kZeroed, stop - i) : stop - i;
+        const int64_t size = streams || t.zero_gradient ? std::min(kPiece, stop - i) : stop - i;
         run(static_cast<char*>(t.master_data) + i * p, gradient + i, static_cast<char*>(t.exp_avg) + i * m,
-            static_cast<char*>(t.exp_avg_sq) + i * m, t.low + i, size, constants[decays], draw);
+            static_cast<char*>(t.exp_avg_sq) + i * m, streams ? copy : t.low + i, size, constants[decays], draw);
+        if (streams) stream(t.low + i, copy, size);
         if (t.zero_gradient) std::memset(gradient + i, 0, size_t(size) * sizeof(float));
         i += size;
         draw.index += uint32_t(size);
       }
     });
+#if defined(__SSE2__)
+    _mm_sfence();  // the streamed copies are seen by whoever joins this thread
+#endif
   });
 }
 
