@@ -55,15 +55,12 @@ ENGINE = (
         lambda c: c.optim.grad_reduce_dtype,
         "remove optim.grad_reduce_dtype",
     ),
+    # optim.master wants bfloat16, which it does not train, and optim.rounding wants one of these two.
     _deepspeed_has(
         "optim.moments_dtype",
         lambda c: c.optim.moments_dtype in (None, "float32"),
         lambda c: c.optim.moments_dtype,
         "remove optim.moments_dtype",
-    ),
-    _deepspeed_has("optim.master", lambda c: c.optim.master == "full", lambda c: c.optim.master, "set optim.master to full"),
-    _deepspeed_has(
-        "optim.rounding", lambda c: c.optim.rounding == "nearest", lambda c: c.optim.rounding, "set optim.rounding to nearest"
     ),
     Constraint(
         name="parallel.offload=nvme needs parallel.zero_stage=3",
