@@ -26,26 +26,36 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU operations; addresses are integers, 0 for none.";
   m.attr("interface") = kInterface;
   m.def(
-      "adamw_float32",
-      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address bfloat16_copy, Address float16_copy, int64_t n,
-         Address scalars, double lr, double beta1, double beta2, double eps, double weight_decay, int threads) {
-        adamw_float32(at<float>(parameter), at<const float>(gradient), at<float>(exp_avg), at<float>(exp_avg_sq),
-                      {at<uint16_t>(bfloat16_copy), at<uint16_t>(float16_copy)}, n, at<const float>(scalars),
-                      {lr, beta1, beta2, eps, weight_decay}, threads);
+      "adamw",
+      [](Address master, int master_kind, Address gradient, Address exp_avg, Address exp_avg_sq, int moments, Address low, int low_kind,
+         int64_t n, Address scalars, Address segments, int64_t num_segments, double lr, double beta1, double beta2, double eps,
+         double weight_decay, bool stochastic, bool zero_gradient, int threads) {
+        const AdamWTensors tensors{at<void>(master),  master_kind,       at<float>(gradient), at<void>(exp_avg), at<void>(exp_avg_sq), moments,
+                                   at<uint16_t>(low), low_kind, stochastic, zero_gradient};
+        const AdamWSegments rows{at<const Segment>(segments), num_segments};
+        const AdamW options{lr, beta1, beta2, eps, weight_decay};
+        if (master_kind == kFloat64)
+          adamw_float64(tensors, n, at<const double>(scalars), rows, options, threads);
+        else
+          adamw_float32(tensors, n, at<const float>(scalars), rows, options, threads);
       },
-      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("bfloat16_copy"),
-      py::arg("float16_copy"), py::arg("n"), py::arg("scalars"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-      py::arg("eps"), py::arg("weight_decay"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("master"), py::arg("master_kind"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("moments"),
+      py::arg("low"), py::arg("low_kind"), py::arg("n"), py::arg("scalars"), py::arg("segments"), py::arg("num_segments"), py::kw_only(),
+      py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("stochastic"),
+      py::arg("zero_gradient"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
-      "adamw_float64",
-      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, int64_t n, Address scalars, double lr, double beta1,
-         double beta2, double eps, double weight_decay, int threads) {
-        adamw_float64(at<double>(parameter), at<const double>(gradient), at<double>(exp_avg), at<double>(exp_avg_sq), n,
-                      at<const double>(scalars), {lr, beta1, beta2, eps, weight_decay}, threads);
+      "square_sum",
+      [](const std::vector<std::pair<Address, int64_t>>& tensors, bool is_float64, int threads) {
+        if (is_float64) {
+          std::vector<std::pair<const double*, int64_t>> given;
+          for (auto [address, size] : tensors) given.emplace_back(at<const double>(address), size);
+          return square_sum_float64(given, threads);
+        }
+        std::vector<std::pair<const float*, int64_t>> given;
+        for (auto [address, size] : tensors) given.emplace_back(at<const float>(address), size);
+        return square_sum_float32(given, threads);
       },
-      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("scalars"),
-      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("threads"),
-      py::call_guard<py::gil_scoped_release>());
+      py::arg("tensors"), py::arg("is_float64"), py::kw_only(), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "gather_uint16",
       [](Address source, int64_t size, Address offsets, int64_t rows, int64_t width, Address out, int threads) {
@@ -133,25 +143,28 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("interface") = kInterface;
   m.def("device_count", &device_count, py::call_guard<py::gil_scoped_release>());
   m.def(
-      "adamw_float32",
-      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, Address bfloat16_copy, Address float16_copy, int64_t n,
-         Address scalars, double lr, double beta1, double beta2, double eps, double weight_decay, Address stream) {
-        adamw_cuda_float32(at<float>(parameter), at<const float>(gradient), at<float>(exp_avg), at<float>(exp_avg_sq),
-                           at<void>(bfloat16_copy), at<void>(float16_copy), n, at<const float>(scalars),
-                           {lr, beta1, beta2, eps, weight_decay}, at<void>(stream));
+      "adamw",
+      [](Address master, int master_kind, Address gradient, Address exp_avg, Address exp_avg_sq, int moments, Address low, int low_kind,
+         int64_t n, Address scalars, Address segments, int64_t num_segments, double lr, double beta1, double beta2, double eps,
+         double weight_decay, bool stochastic, bool zero_gradient, Address stream) {
+        const AdamWSlice slice{at<void>(master),  master_kind, at<void>(gradient), at<void>(exp_avg), at<void>(exp_avg_sq), moments,
+                               at<void>(low),     low_kind,    n,                  at<void>(scalars), at<const int64_t>(segments),
+                               num_segments,      stochastic,  zero_gradient};
+        adamw_cuda(slice, {lr, beta1, beta2, eps, weight_decay}, at<void>(stream));
       },
-      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("bfloat16_copy"),
-      py::arg("float16_copy"), py::arg("n"), py::arg("scalars"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-      py::arg("eps"), py::arg("weight_decay"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+      py::arg("master"), py::arg("master_kind"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("moments"),
+      py::arg("low"), py::arg("low_kind"), py::arg("n"), py::arg("scalars"), py::arg("segments"), py::arg("num_segments"), py::kw_only(),
+      py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("stochastic"),
+      py::arg("zero_gradient"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.attr("sum_block") = kSumBlock;
   m.def(
-      "adamw_float64",
-      [](Address parameter, Address gradient, Address exp_avg, Address exp_avg_sq, int64_t n, Address scalars, double lr, double beta1,
-         double beta2, double eps, double weight_decay, Address stream) {
-        adamw_cuda_float64(at<double>(parameter), at<const double>(gradient), at<double>(exp_avg), at<double>(exp_avg_sq), n,
-                           at<const double>(scalars), {lr, beta1, beta2, eps, weight_decay}, at<void>(stream));
+      "square_sum",
+      [](const std::vector<std::pair<Address, int64_t>>& tensors, bool is_float64, Address partials, Address out, Address stream) {
+        std::vector<std::pair<const void*, int64_t>> given;
+        for (auto [address, size] : tensors) given.emplace_back(at<const void>(address), size);
+        square_sum_cuda(given, is_float64, at<double>(partials), at<double>(out), at<void>(stream));
       },
-      py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("n"), py::arg("scalars"),
-      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("stream"),
+      py::arg("tensors"), py::arg("is_float64"), py::arg("partials"), py::arg("out"), py::kw_only(), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "attention_forward",

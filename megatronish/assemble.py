@@ -329,7 +329,15 @@ def _own_optimizer(config: Config, mesh: Mesh, cut: CutModel) -> tuple[GradBuffe
         reduce_dtype=reduce_dtype(config),
     )
     cut.gradients.attach(grads)
-    optimizer = ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=zero_stage)
+    optimizer = ZeroAdamW(
+        config.optim,
+        cut.parameters,
+        grads,
+        dp=mesh.groups["dp"],
+        zero_stage=zero_stage,
+        placements=cut.layout.placements,
+        seed=config.train.seed,
+    )
     _wait_before_use(cut.model, optimizer)
     return grads, optimizer
 

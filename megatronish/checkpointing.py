@@ -38,9 +38,10 @@ def tensor_name(state: str, parameter: str) -> str:
 
 
 def tensor_specs(config: Config, layout: ParamLayout) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint of this run."""
-    dtype = dtype_name(main_dtype(config))
-    return {tensor_name(s, name): (p.global_shape, dtype) for name, p in layout.placements.items() for s in STATES}
+    """Every tensor of a checkpoint of this run. Master weights kept in halves are saved whole."""
+    wide, optim = dtype_name(main_dtype(config)), config.optim
+    dtypes = dict.fromkeys(STATES, optim.moments_dtype or wide) | {"master": "bfloat16" if optim.master == "none" else wide}
+    return {tensor_name(s, name): (p.global_shape, dtypes[s]) for name, p in layout.placements.items() for s in STATES}
 
 
 def pieces_of_rank(config: Config, mesh: Mesh, layout: ParamLayout) -> Callable[[int], list[Piece]]:
@@ -162,12 +163,26 @@ def load_newest(
     with closing(checkpoint):
         if check is not None:
             check(checkpoint)
-        checkpoint.check_tensors(tensor_specs(run.config, run.cut.layout))
+        needed = tensor_specs(run.config, run.cut.layout)
+        checkpoint.check_tensors(needed, convertible=("float32", "bfloat16"))
+        for text in _conversions(checkpoint, needed):
+            log(text)
         for state, name, box, values in run.optimizer.needed_pieces():
-            checkpoint.read(tensor_name(state, name), box, values)
+            checkpoint.read(tensor_name(state, name), box, values, dtype="convert")
         run.optimizer.publish_master()
         run.trainer.guard.restore(checkpoint.state.get("step_guard"), step=int(checkpoint.state["step"]))
         return checkpoint.state
+
+
+def _conversions(checkpoint: Checkpoint, needed: Mapping[str, TensorSpec]) -> list[str]:
+    """A line for each state that this run keeps in another dtype than the checkpoint does."""
+    found, kinds = checkpoint.tensors(), {}
+    for name, (_, dtype) in needed.items():
+        if found[name][1] != dtype:
+            kinds[name.partition("/")[0], found[name][1], dtype] = name
+    return [
+        f"checkpoint {checkpoint.path}: {state} is {saved}, and is kept as {dtype} from here on" for state, saved, dtype in kinds
+    ]
 
 
 def load_weights(checkpoint: Checkpoint, cut: CutModel) -> None:

@@ -185,6 +185,14 @@ class OptimConfig(Section):
     """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
+    moments_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of both moments; that of the master weights when not given."""
+    master: Literal["full", "remainder", "none"] = "full"
+    """Master weights of bfloat16 parameters. `remainder`: float32 still, but only the 16 bits that the parameter lacks are kept.
+    `none`: the parameters are all there is, and `rounding` must be stochastic."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of what the optimizer keeps in bfloat16: moments, and parameters without master weights. stochastic: up with the probability
+    that makes the mean right; a hash of (train.seed, parameter, element, number of the update) decides, whatever the layout."""
     clip_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
     bucket_mib: PositiveFloat = 64.0

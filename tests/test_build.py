@@ -24,18 +24,20 @@ def adamw(
     tensors: list[torch.Tensor], step: int, *, scale: float = 1.0, copy: torch.Tensor | None = None, threads: int = 1
 ) -> None:
     """One native step on (parameter, gradient, exp_avg, exp_avg_sq)."""
-    addresses = [t.data_ptr() for t in tensors]
     scalars = torch.tensor([scale, step], dtype=tensors[0].dtype)
-    n = tensors[0].numel()
-    if tensors[0].dtype == torch.float64:
-        native.cpu.adamw_float64(*addresses, n, scalars.data_ptr(), **HYPER, threads=threads)
-    else:
-        native.cpu.adamw_float32(*addresses, *copy_addresses(copy), n, scalars.data_ptr(), **HYPER, threads=threads)
+    native.cpu.adamw(*arguments(tensors, scalars, copy), **HYPER, **NEAREST, threads=threads)
 
 
-def copy_addresses(copy: torch.Tensor | None) -> list[int]:
-    """As arguments: the bfloat16 copy, the float16 copy; 0 for none."""
-    return [copy.data_ptr() if copy is not None and copy.dtype == dtype else 0 for dtype in (torch.bfloat16, torch.float16)]
+KINDS = {None: 0, torch.float32: 1, torch.float64: 2, torch.bfloat16: 3, torch.float16: 4}
+NEAREST = {"stochastic": False, "zero_gradient": False}
+
+
+def arguments(tensors: list[torch.Tensor], scalars: torch.Tensor, copy: torch.Tensor | None = None) -> list[int]:
+    """Of native adamw: addresses and kinds."""
+    parameter, gradient, exp_avg, exp_avg_sq = (t.data_ptr() for t in tensors)
+    kind, n = KINDS[tensors[0].dtype], tensors[0].numel()
+    low = (0, 0) if copy is None else (copy.data_ptr(), KINDS[copy.dtype])
+    return [parameter, kind, gradient, exp_avg, exp_avg_sq, kind, *low, n, scalars.data_ptr(), 0, 0]
 
 
 def run_native(dtype: torch.dtype, n: int, threads: int, *, copy: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -112,11 +114,9 @@ def test_the_copy_is_right_for_every_pattern_of_leading_bits(low: torch.dtype) -
     parameter = torch.from_numpy(bits.flatten().view(np.float32).copy())
     copy, want = torch.zeros(len(parameter), dtype=low), parameter.to(low)
     zeros = [torch.zeros(len(parameter)) for _ in range(3)]
-    addresses = [t.data_ptr() for t in (parameter, *zeros)]
     scalars = torch.ones(2)
-    native.cpu.adamw_float32(
-        *addresses, *copy_addresses(copy), len(parameter), scalars.data_ptr(), **{**HYPER, "lr": 0.0}, threads=1
-    )
+    given = arguments([parameter, *zeros], scalars, copy)
+    native.cpu.adamw(*given, **{**HYPER, "lr": 0.0}, **NEAREST, threads=1)
     assert torch.equal(torch.isnan(copy), torch.isnan(want))
     sure = ~torch.isnan(want)
     assert torch.equal(copy.view(torch.int16)[sure], want.view(torch.int16)[sure])
@@ -181,16 +181,13 @@ def test_cuda_adamw_equals_the_cpu(dtype: torch.dtype) -> None:
         on_gpu[1] = on_cpu[1].to("cuda")
         adamw(on_cpu, step, scale=scale)
         scalars = torch.tensor([scale, step], dtype=dtype, device="cuda")
-        addresses = [t.data_ptr() for t in on_gpu]
+        more = {**HYPER, **NEAREST, "stream": stream}
         if dtype == torch.float32:
             for low in (torch.bfloat16, torch.float16):  # the same step twice, from the same state
                 copy, state = torch.zeros(n, dtype=low, device="cuda"), [t.clone() for t in on_gpu]
-                again = [t.data_ptr() for t in state]
-                native.cuda.adamw_float32(*again, *copy_addresses(copy), n, scalars.data_ptr(), **HYPER, stream=stream)
+                native.cuda.adamw(*arguments(state, scalars, copy), **more)
                 assert torch.equal(copy, state[0].to(low) if scale == scale else torch.zeros_like(copy))
-            native.cuda.adamw_float32(*addresses, 0, 0, n, scalars.data_ptr(), **HYPER, stream=stream)
-        else:
-            native.cuda.adamw_float64(*addresses, n, scalars.data_ptr(), **HYPER, stream=stream)
+        native.cuda.adamw(*arguments(on_gpu, scalars), **more)
     tolerance = 0.0 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
     for got, want in zip(on_gpu, on_cpu, strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=tolerance, atol=tolerance)

@@ -341,6 +341,11 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("train.loss_chunks=4", "zero_engine to native"),
     ),
+    "optim.moments_dtype of parallel.zero_engine=deepspeed": (
+        {"parallel": {"zero_engine": "deepspeed"}, "optim": {"moments_dtype": "bfloat16"}},
+        None,
+        ("bfloat16", "zero_engine to native"),
+    ),
     "parallel.offload=nvme needs parallel.zero_stage=3": (
         {"parallel": {"zero_engine": "deepspeed", "zero_stage": 2, "offload": "nvme", "offload_path": "/disk"}},
         None,
@@ -394,6 +399,22 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
     "wsd needs optim.decay_steps": ({"optim": {"schedule": "wsd"}}, None, ("optim.decay_steps", "wsd")),
     "constant has no decay": ({"optim": {"schedule": "constant", "decay_steps": 7}}, None, ("7", "constant")),
     "warmup + decay <= steps": ({"optim": {"warmup_steps": 30, "decay_steps": 71}}, None, ("30", "71", "100", "70")),
+    "optim.master of bfloat16 parameters": ({"optim": {"master": "remainder"}}, None, ("remainder", "train.dtype=float32")),
+    "optim.master=none needs optim.rounding=stochastic": (
+        {"optim": {"master": "none"}, "train": {"dtype": "bfloat16"}},
+        None,
+        ("optim.master=none", "nearest", "remainder"),
+    ),
+    "optim.rounding=stochastic needs something to round": (
+        {"optim": {"rounding": "stochastic"}},
+        None,
+        ("nothing is kept in bfloat16", "optim.moments_dtype"),
+    ),
+    "optim.moments_dtype of a float64 run": (
+        {"optim": {"moments_dtype": "bfloat16"}, "train": {"dtype": "float64"}},
+        None,
+        ("bfloat16", "float64"),
+    ),
     "optim.min_lr <= optim.lr": ({"optim": {"min_lr": 0.5}}, None, ("0.5", "0.001")),
     "data.validation or data.validation_fraction": (
         {"data": {"validation": "v", "validation_fraction": 0.25}},

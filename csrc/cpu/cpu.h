@@ -21,18 +21,46 @@ struct AdamW {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
-// Where the new parameter is written too, rounded to nearest even; at most one is not null.
-struct LowCopy {
-  uint16_t* bfloat16;
-  uint16_t* float16;
+// What a tensor holds; remainder: the lower 16 bits of a float32, of which the upper ones, rounded, lie in a bfloat16 parameter.
+enum Kind : int { kNone = 0, kFloat32 = 1, kFloat64 = 2, kBfloat16 = 3, kFloat16 = 4, kRemainder = 5 };
+
+// A flat slice. `master`: float32 or float64 weights; remainders, with bfloat16 `low`; or bfloat16 parameters that have no master.
+// `low`: where new weights are written, rounded to nearest even (beside remainders to nearest, ties away from zero).
+// `stochastic`: of bfloat16 moments and of bfloat16 parameters without a master. `zero_gradient`: it is zeros afterwards, always.
+struct AdamWTensors {
+  void* master_data;
+  int master;
+  float* gradient;  // float64 beside a float64 master
+  void *exp_avg, *exp_avg_sq;
+  int moments;
+  uint16_t* low;
+  int low_kind;
+  bool stochastic, zero_gradient;
+};
+
+// Elements of a slice up to `stop` that belong to one tensor. Element i of the slice is number e = i + offset of what this rank holds
+// of it, and number e / inner * row + first + e % inner of the whole tensor.
+struct Segment {
+  int64_t stop, decays, key, offset, inner, row, first;
+};
+
+// In order; none: everything decays, and nothing is drawn.
+struct AdamWSegments {
+  const Segment* rows;
+  int64_t count;
 };
 
 // AdamW on elements [0, n) of a flat slice, in place. `scalars` points to {factor of every gradient, number of this update, from 1}.
-// A factor that is not finite refuses the update: nothing is written.
-void adamw_float32(float* parameter, const float* gradient, float* exp_avg, float* exp_avg_sq, LowCopy low, int64_t n,
-                   const float* scalars, const AdamW& options, int threads);
-void adamw_float64(double* parameter, const double* gradient, double* exp_avg, double* exp_avg_sq, int64_t n, const double* scalars,
-                   const AdamW& options, int threads);
+// A factor that is not finite refuses the update: nothing but the gradient is written. What is rounded by chance is a hash of (the
+// segment's key, number of the update, index in the whole tensor).
+void adamw_float32(const AdamWTensors& tensors, int64_t n, const float* scalars, const AdamWSegments& segments, const AdamW& options,
+                   int threads);
+void adamw_float64(const AdamWTensors& tensors, int64_t n, const double* scalars, const AdamWSegments& segments, const AdamW& options,
+                   int threads);
+
+// The sum of squares of all elements of all (address, size), in float64 and an order that depends on the sizes alone.
+double square_sum_float32(const std::vector<std::pair<const float*, int64_t>>& tensors, int threads);
+double square_sum_float64(const std::vector<std::pair<const double*, int64_t>>& tensors, int threads);
 
 // out[r, :] = source[offsets[r] : offsets[r] + width], widened to int64; returns (smallest, largest) token copied.
 // Throws std::out_of_range, naming the row, when a row does not lie within the `size` tokens of `source`.

@@ -171,6 +171,36 @@ def data(
 
 
 @app.command()
+def adamw(
+    parameters: Annotated[int, typer.Option(min=1000, help="Of each variant; a hundred million take 13 GB in all.")] = 100_000_000,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every variant; default: all cores.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture to this folder, as SVG and PNG.")] = None,
+) -> None:
+    """AdamW and the whole optimizer step on CPU against torch and DeepSpeed's CPUAdam, checked against float64 first.
+
+    Example: megatronish bench adamw --parameters 10000000 --plot plots
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megatronish.observe.flops import num_cores
+
+    bench: Any = importlib.import_module("megatronish.bench.adamw")
+    with Progress(transient=True) as progress:
+        task = progress.add_task("rounds", total=rounds)
+        sizes = bench.AdamWBench(parameters, rounds, threads or num_cores())
+        result = bench.measure(sizes, lambda number: progress.update(task, completed=number + 1))
+    console = Console(width=132)
+    console.print(bench.render(result))
+    if plot is not None:
+        console.print("wrote " + ", ".join(str(file) for file in bench.plot(result, plot)))
+    if json_file is not None:
+        write_json(json_file, result)
+
+
+@app.command()
 def pipeline(
     stages: Annotated[int, typer.Option(min=2, max=64, help="Stages, one local process each.")] = 4,
     microbatches: Annotated[int, typer.Option(min=1, help="Microbatches of a step.")] = 8,

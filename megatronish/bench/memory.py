@@ -44,7 +44,15 @@ def bytes_of_rank(config: Config, shape: MeshShape, rank: int) -> tuple[int, int
     grads = make_grad_buffer(
         cut.buckets, cut.parameters.by_name, groups=mesh.groups, zero_stage=zero_stage, dtype=dtype, device=mesh.device
     )
-    optimizer = ZeroAdamW(config.optim, cut.parameters, grads, dp=mesh.groups["dp"], zero_stage=zero_stage)
+    optimizer = ZeroAdamW(
+        config.optim,
+        cut.parameters,
+        grads,
+        dp=mesh.groups["dp"],
+        zero_stage=zero_stage,
+        placements=cut.layout.placements,
+        seed=config.train.seed,
+    )
     return optimizer.state_bytes(), grads.held_bytes() + grads.scratch_bytes()
 
 
@@ -56,7 +64,9 @@ def optimizer_state_table(config: Config, dp_sizes: Sequence[int]) -> list[dict[
     ZeRO 1 and 2 / dp. `max_gradient_bytes` has the two largest groups of buckets in it that ZeRO 2 fills and sends."""
     parallel = config.parallel
     wide = torch.empty((), dtype=main_dtype(config)).element_size()
-    copies = 3 if config.train.dtype in ("bfloat16", "float16") else 2
+    narrow = config.train.dtype in ("bfloat16", "float16")
+    state = {"full": wide, "remainder": 2, "none": 0}[config.optim.master] if narrow else 0
+    state += 2 * (2 if config.optim.moments_dtype == "bfloat16" else wide)
     rows = []
     for zero_stage in (0, 1, 2):
         for dp_size in dp_sizes:
@@ -73,7 +83,7 @@ def optimizer_state_table(config: Config, dp_sizes: Sequence[int]) -> list[dict[
                     "min_bytes": min(measured),
                     "mean_bytes": sum(measured) / len(measured),
                     "total_bytes": sum(measured),
-                    "ideal_bytes": copies * wide * num_parameters(config.model) / shares,
+                    "ideal_bytes": state * num_parameters(config.model) / shares,
                     "max_gradient_bytes": max(gradients),
                 }
             )

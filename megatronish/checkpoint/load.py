@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,8 +48,9 @@ class Checkpoint:
         """Every tensor's global shape and dtype."""
         return {name: (entry.shape, entry.dtype) for name, entry in self._manifest.tensors.items()}
 
-    def check_tensors(self, expected: Mapping[str, TensorSpec]) -> None:
-        """UserError unless the tensors are exactly the expected ones; names the first ten differences and their number."""
+    def check_tensors(self, expected: Mapping[str, TensorSpec], *, convertible: Collection[str] = ()) -> None:
+        """UserError unless the tensors are exactly the expected ones; names the first ten differences and their number. A dtype of
+        `convertible` may stand for another of them."""
         found = self.tensors()
         problems = [f"tensor {name} {list(shape)} is missing" for name, (shape, _) in expected.items() if name not in found]
         for name, (shape, dtype) in found.items():
@@ -57,7 +58,7 @@ class Checkpoint:
                 problems.append(f"tensor {name} {list(shape)} is unexpected")
             elif tuple(expected[name][0]) != shape:
                 problems.append(f"tensor {name} has shape {list(shape)}, this run needs {list(expected[name][0])}")
-            elif expected[name][1] != dtype:
+            elif expected[name][1] != dtype and not {expected[name][1], dtype} <= set(convertible):
                 problems.append(f"tensor {name} is {dtype}, this run needs {expected[name][1]}")
         if problems:
             more = [f"and {len(problems) - _MAX_NAMED} more"] if len(problems) > _MAX_NAMED else []

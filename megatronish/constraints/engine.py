@@ -52,6 +52,13 @@ ENGINE = (
     _deepspeed_has(
         "train.loss_chunks", lambda c: c.train.loss_chunks == 1, lambda c: c.train.loss_chunks, "set train.loss_chunks to 1"
     ),
+    # optim.master wants bfloat16, which it does not train, and optim.rounding wants one of these two.
+    _deepspeed_has(
+        "optim.moments_dtype",
+        lambda c: c.optim.moments_dtype in (None, "float32"),
+        lambda c: c.optim.moments_dtype,
+        "remove optim.moments_dtype",
+    ),
     Constraint(
         name="parallel.offload=nvme needs parallel.zero_stage=3",
         keys=("parallel.offload", "parallel.zero_stage"),

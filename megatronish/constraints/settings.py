@@ -63,6 +63,40 @@ SCHEDULE = (
         ),
     ),
     Constraint(
+        name="optim.master of bfloat16 parameters",
+        keys=("optim.master", "train.dtype"),
+        holds=lambda c: c.optim.master == "full" or c.train.dtype == "bfloat16",
+        message=lambda c: (
+            f"optim.master={c.optim.master} with train.dtype={c.train.dtype}; bfloat16 parameters alone are half of a float32: "
+            f"set optim.master to full, or train.dtype to bfloat16"
+        ),
+    ),
+    Constraint(
+        name="optim.master=none needs optim.rounding=stochastic",
+        keys=("optim.master", "optim.rounding"),
+        holds=lambda c: c.optim.master != "none" or c.optim.rounding == "stochastic",
+        message=lambda c: (
+            f"optim.master=none with optim.rounding={c.optim.rounding}: updates below half a bfloat16 step would be lost; set "
+            f"optim.rounding to stochastic, or optim.master to full or remainder"
+        ),
+    ),
+    Constraint(
+        name="optim.rounding=stochastic needs something to round",
+        keys=("optim.rounding", "optim.moments_dtype", "optim.master"),
+        applies=lambda c: c.optim.rounding == "stochastic",
+        holds=lambda c: c.optim.moments_dtype == "bfloat16" or c.optim.master == "none",
+        message=lambda c: (
+            "optim.rounding=stochastic, but nothing is kept in bfloat16; set optim.moments_dtype to bfloat16, or optim.rounding to "
+            "nearest"
+        ),
+    ),
+    Constraint(
+        name="optim.moments_dtype of a float64 run",
+        keys=("optim.moments_dtype", "train.dtype"),
+        holds=lambda c: c.optim.moments_dtype is None or c.train.dtype != "float64",
+        message=lambda c: f"optim.moments_dtype={c.optim.moments_dtype} with train.dtype=float64; remove optim.moments_dtype",
+    ),
+    Constraint(
         name="optim.min_lr <= optim.lr",
         keys=("optim.min_lr", "optim.lr"),
         holds=lambda c: c.optim.min_lr <= c.optim.lr,

@@ -106,7 +106,8 @@ def _run(op: _Op, arguments: tuple[Any, ...]) -> Any:
 
 def key_of(choice: str, arguments: Iterable[Any]) -> Key:
     """What a call is measured under: all dimensions but the last of its first floating tensor rounded up to powers of two."""
-    x = next(a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    flat = (b for a in arguments for b in (a if isinstance(a, list) else [a]))
+    x = next(a for a in flat if isinstance(a, Tensor) and a.is_floating_point())
     rounded = [1 << (size - 1).bit_length() if size else 0 for size in x.shape[:-1]]
     return choice, "x".join(map(str, [*rounded, x.shape[-1]])), str(x.dtype).removeprefix("torch."), x.device.type
 

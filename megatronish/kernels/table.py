@@ -21,6 +21,7 @@ from megatronish.kernels import (
     masked_attention,
     rms_norm,
     rotary,
+    square_sum,
     swiglu,
 )
 from megatronish.kernels.adamw import AdamWNumbers
@@ -58,8 +59,12 @@ def _adamw(
     scalars: Tensor,
     low: Tensor | None,
     numbers: AdamWNumbers,
+    segments: Tensor | None,
+    rounding: adamw.Rounding,
+    zero_grad: bool,
 ) -> None:
-    adamw.adamw_(master, grad, exp_avg, exp_avg_sq, scalars=scalars, low=low, numbers=numbers)
+    more: dict[str, Any] = {"segments": segments, "rounding": rounding, "zero_grad": zero_grad}
+    adamw.adamw_(master, grad, exp_avg, exp_avg_sq, scalars=scalars, low=low, numbers=numbers, **more)
 
 
 def _attention_reference(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor) -> Tensor:
@@ -142,6 +147,7 @@ KERNELS: dict[str, Kernel] = {
             cross_entropy.backward_sample_inputs,
             mutated=(1,),
         ),
-        Kernel("adamw", _adamw, adamw.reference, adamw.sample_inputs, mutated=(0, 2, 3, 5)),
+        Kernel("adamw", _adamw, adamw.reference, adamw.sample_inputs, mutated=(0, 1, 2, 3, 5)),
+        Kernel("square_sum", square_sum.square_sum, square_sum.reference, square_sum.sample_inputs),
     )
 }

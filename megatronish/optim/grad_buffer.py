@@ -47,6 +47,10 @@ class GradBuffer:
         self.local_max = torch.zeros(len(self.names), dtype=dtype, device=device)
         """By parameter, in the order of `names`: the largest element of what this rank itself computed in this step, before any
         sum over ranks; not finite exactly where an element is not. Complete after `finish`."""
+        self.kept_after_update = False
+        """Whether anyone reads `owned` after the optimizer's step. Otherwise the update leaves zeros, in the same pass."""
+        self.zeroed = False
+        """What `updated` gives has been zeros since the last update."""
         self._first_name = [0]
         for bucket in buckets:
             self._first_name.append(self._first_name[-1] + len(bucket.slots))
@@ -80,10 +84,14 @@ class GradBuffer:
         return self._view_of[parameter]
 
     def zero(self) -> None:
-        """Start a step."""
+        """Start a step. What an update has left as zeros (`zeroed`) is not written again."""
         self.local_max.zero_()
-        for flat in self.flat:
-            flat.zero_()
+        for index, flat in enumerate(self.flat):
+            clean = self.updated(index).numel() if self.zeroed else 0
+            start = self.updated(index).storage_offset() - flat.storage_offset() if clean else 0
+            flat[:start].zero_()
+            flat[start + clean :].zero_()
+        self.zeroed = False
 
     def begin_last_backward(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """From now on each of `parameters` (all, when not given) gets its last contribution of the step: reduce every bucket once

@@ -95,7 +95,9 @@ def _save(run: Assembly, checkpoints: Path, step: int) -> None:
 
 
 def _build(config: Config, mesh: Mesh) -> Assembly:
-    return assemble(config, mesh, SlicedBatches(config, mesh))
+    run = assemble(config, mesh, SlicedBatches(config, mesh))
+    run.trainer.grads.kept_after_update = True
+    return run
 
 
 def _owned_gradients(run: Assembly, *, loss_scale: float) -> Iterator[tuple[str, str, Rectangle, Tensor]]:
