@@ -6,6 +6,8 @@
 # USR1, and TERM as USR1, save and end; they are passed on again every 5 s, since a rank that has only begun does not hear yet. USR2 asks
 # the ranks what they are doing.
 # shellcheck shell=bash
+command -v "${PYTHON:-.venv/bin/python}" > /dev/null ||
+    { echo "error: PYTHON=${PYTHON:-.venv/bin/python} does not run here: set it to the interpreter that has megatronish, or run \`make setup\`" >&2; exit 2; }
 runner='' told=no
 # shellcheck disable=SC2317 # called by trap
 end_soon() {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatronish import failures
 from megatronish.end_signals import EndSignals, send_to_children
-from megatronish.errors import UserError, code_of_job
+from megatronish.errors import FAULT, UserError, code_of_job
 from megatronish.parallel.launchers import LOCAL_RUN
 from megatronish.parallel.rendezvous import Place
 
@@ -54,7 +54,12 @@ def run_local(arguments: list[str], nproc: int, *, run_folder: Path | None = Non
         for rank, failure in sorted(error.failures.items()):
             if failure.exitcode < 0 and failure.exitcode not in _STOPPED:
                 hint = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
-                print(f"rank {rank} of {nproc} was ended by {signal.Signals(-failure.exitcode).name}{hint}", file=sys.stderr)
+                text = f"was ended by {signal.Signals(-failure.exitcode).name}{hint}"
+                print(f"rank {rank} of {nproc} {text}", file=sys.stderr)
+                if run_folder is not None and run_folder.is_dir():  # it could not leave its reason itself
+                    launch = f"{config.run_id}/0"
+                    gone = failures.now(rank, nproc, launch, where="here", error=text, code=FAULT, lost_peer=False)
+                    failures.leave(run_folder, gone)
         codes = [failure.exitcode for failure in error.failures.values()]
         if signals is not None and signals.told() and set(codes) <= _STOPPED:
             return 128 + signal.SIGTERM  # before there was anything to save

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "parallel": ("config", "layout", "comm", "kernels"),
     "pipeline": ("config", "batch", "comm", "formulas"),
     "optim": ("config", "layout", "comm", "kernels"),
-    "checkpoint": ("layout", "comm", "writeback"),
+    "checkpoint": ("layout", "comm", "writeback", "retries"),
     "observe": ("config", "comm", "formulas", "packages"),
 }
 # `parallel` initialises the groups there; nothing else outside comm/ may.

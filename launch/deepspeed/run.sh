@@ -12,6 +12,8 @@ shift
 cd "$(dirname "$0")/../.."
 # shellcheck source=launch/env.sh
 source launch/env.sh
+# shellcheck source=launch/signals.sh
+source launch/signals.sh
 python=${PYTHON:-.venv/bin/python}
 fail() { echo "error: $*" >&2; exit 2; }
 
@@ -98,8 +100,6 @@ pass_on() {
     done
     for host in "${sent[@]}"; do wait "$host" || true; done
 }
-# shellcheck source=launch/signals.sh
-source launch/signals.sh
 # Ctrl-C: at once.
 trap '[ "$launcher" = pdsh ] || pkill -TERM -P "$runner"; kill -TERM "$runner"; told=yes' INT
 stay "$deepspeed" --hostfile "$hostfile" "${options[@]}" "${program[@]}" train "$@"

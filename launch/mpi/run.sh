@@ -13,6 +13,8 @@ shift
 cd "$(dirname "$0")/../.."
 # shellcheck source=launch/env.sh
 source launch/env.sh
+# shellcheck source=launch/signals.sh
+source launch/signals.sh
 
 # Open MPI passes its environment on to other hosts only by name; MPICH's mpiexec passes all of it.
 if mpirun --version 2>&1 | grep -q "Open MPI"; then
@@ -24,7 +26,5 @@ fi
 
 # mpirun itself gives the ranks a second after TERM.
 pass_on() { kill "-$1" "$runner" 2> /dev/null || true; }
-# shellcheck source=launch/signals.sh
-source launch/signals.sh
 # Ranks ignore USR1 until Python has come so far as to hold it back.
 stay mpirun "${options[@]}" bash -c 'trap "" USR1; exec "$@"' _ "${PYTHON:-.venv/bin/python}" -m megatronish train "$@"
