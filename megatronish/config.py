@@ -36,6 +36,29 @@ class Section(BaseModel):
         return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
+class RopeScaling(Section):
+    """Slower rotary frequencies, for sequences longer than those that a model was first trained on. Keys as in the transformers
+    library's `rope_parameters`."""
+
+    type: Literal["linear", "llama3", "yarn"]
+    """linear: all frequencies / factor (Chen et al. 2023); llama3: the low ones (Grattafiori et al. 2024); yarn: the low ones, and
+    queries and keys times attention_factor (Peng et al. 2023)."""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    """How many times longer sequences become."""
+    original_max_position_embeddings: PositiveInt | None = None
+    """llama3 and yarn, which need it: the length before."""
+    low_freq_factor: PositiveFloat | None = None
+    """llama3: what turns less often in that length is slowed down by the whole factor; 1 when not given."""
+    high_freq_factor: PositiveFloat | None = None
+    """llama3: what turns more often stays; 4 when not given."""
+    beta_fast: PositiveFloat | None = None
+    """yarn: what turns more often in that length stays; 32 when not given."""
+    beta_slow: PositiveFloat | None = None
+    """yarn: what turns less often is slowed down by the whole factor; 1 when not given."""
+    attention_factor: PositiveFloat | None = None
+    """yarn: of rotated queries and of rotated keys; 0.1 ln(factor) + 1 when not given."""
+
+
 class ModelConfig(Section):
     """The shape of the network. Letters of `batch.py`: D hidden_size, H num_heads, F mlp_size, V vocab_size."""
 
@@ -57,6 +80,12 @@ class ModelConfig(Section):
     """The embedding's rows are padded to a multiple of this. Never a function of the layout: padding changes the loss."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies (Su et al. 2021); gpt2 has none."""
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a head's elements that turn, its first ones; rounded down to a whole number, which must be even."""
+    rope_layout: Literal["half", "interleaved"] = "half"
+    """Which elements turn together: k and k + half of what turns (Hugging Face's Llama), or 2k and 2k + 1 (Meta's)."""
+    rope_scaling: RopeScaling | None = None
+    """Slower rotary frequencies for longer sequences."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm, to the variance in LayerNorm."""
     init_std: PositiveFloat = 0.02
@@ -72,6 +101,11 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """K = D / H (constraints/ refuses a remainder)."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def rotary_size(self) -> int:
+        """R, the elements of a head that turn."""
+        return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def kv_heads(self) -> int:

@@ -239,6 +239,8 @@ def test_peak_rates_by_device_name(name: str, bfloat16: float | None, float32: f
     assert formulas.peak_tflops(name, "float64") is None
 
 
+LINEAR = {"type": "linear", "factor": 2.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 # What breaks each row, alone: changes, world size, words the message must hold.
 BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]] = {
     "model.hidden_size % model.num_heads": ({"model": {"num_heads": 7}}, None, ("64", "7", "8")),
@@ -251,6 +253,28 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("data.sequence_length=32", "model.max_positions=31"),
     ),
+    "gpt2 has no rotary positions": (
+        {"model": {"architecture": "gpt2", "max_positions": 32, "rope_layout": "interleaved", "rope_scaling": LINEAR}},
+        None,
+        ("model.rope_layout, model.rope_scaling", "gpt2", "remove them"),
+    ),
+    "model.partial_rotary_factor turns pairs": ({"model": {"partial_rotary_factor": 0.4}}, None, ("0.4", "heads of 8", "0.25")),
+    "model.rope_scaling has the keys of its type": (
+        {"model": {"rope_scaling": {**LINEAR, "beta_fast": 16.0}}},
+        None,
+        ("linear", "beta_fast=16.0", "remove it"),
+    ),
+    "model.rope_scaling needs the length before": (
+        {"model": {"rope_scaling": {"type": "llama3", "factor": 8.0}}},
+        None,
+        ("llama3", "original_max_position_embeddings"),
+    ),
+    "model.rope_scaling has its bounds in order": (
+        {"model": {"rope_scaling": {**YARN, "beta_fast": 0.5}}},
+        None,
+        ("beta_slow=1", "beta_fast=0.5"),
+    ),
+    "yarn needs model.rope_theta > 1": ({"model": {"rope_theta": 1.0, "rope_scaling": YARN}}, None, ("model.rope_theta=1", "yarn")),
     "parallel.tensor divides what it cuts": ({"parallel": {"tensor": 16}}, None, ("16", "num_heads=8", "1, 2, 4 or 8")),
     "model.num_layers >= parallel.pipeline x parallel.num_chunks": (
         {"parallel": {"pipeline": 2, "schedule": "interleaved", "num_chunks": 3}},

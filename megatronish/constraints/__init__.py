@@ -10,12 +10,25 @@ from megatronish.config import Config
 from megatronish.constraints.engine import ENGINE
 from megatronish.constraints.kernels import KERNELS
 from megatronish.constraints.ranks import MODEL, RAMP, RANKS, RECOMPUTE, TENSOR
+from megatronish.constraints.rotary import ROTARY
 from megatronish.constraints.row import Constraint, Layout, Problem, divisors_near, multiples_near
 from megatronish.constraints.settings import DATA, OBSERVE, SCHEDULE
 
 __all__ = ["CONSTRAINTS", "Constraint", "Problem", "check", "divisors_near", "find_problems", "multiples_near", "warnings"]
 
-CONSTRAINTS: tuple[Constraint, ...] = (*MODEL, *TENSOR, *RANKS, *RAMP, *RECOMPUTE, *ENGINE, *KERNELS, *SCHEDULE, *DATA, *OBSERVE)
+CONSTRAINTS: tuple[Constraint, ...] = (
+    *MODEL,
+    *ROTARY,
+    *TENSOR,
+    *RANKS,
+    *RAMP,
+    *RECOMPUTE,
+    *ENGINE,
+    *KERNELS,
+    *SCHEDULE,
+    *DATA,
+    *OBSERVE,
+)
 
 
 def find_problems(config: Config, world_size: int | None, *, partial: bool = False) -> list[Problem]:

@@ -174,14 +174,17 @@ def _config(
     if (Path(config.run_root) / config.name).resolve() != run.resolve():
         raise UserError(f"name and run_root are given by --out {run}; leave them out of the overrides")
     if _fixed_by_weights(config.model) != _fixed_by_weights(ModelConfig.model_validate(model)):
-        raise UserError("only model.dropout and model.vocab_multiple may be overridden: all else is what the weights are")
+        raise UserError(
+            "only model.dropout, model.rope_scaling, model.rope_theta and model.vocab_multiple may be overridden: all else is what "
+            "the weights are"
+        )
     path.write_text(to_yaml(config))
     return config
 
 
 def _fixed_by_weights(model: ModelConfig) -> dict[str, Any]:
-    """What of a model section the weights fix."""
-    return model.model_dump(exclude={"dropout", "vocab_multiple", "init_std"})
+    """What of a model section the weights fix. Longer sequences are learned with other rotary frequencies."""
+    return model.model_dump(exclude={"dropout", "vocab_multiple", "init_std", "rope_scaling", "rope_theta"})
 
 
 def _tokenizer(folder: Path, temporary: Path, model: Mapping[str, Any], notes: list[str]) -> str | None:

@@ -1,4 +1,5 @@
-"""Llama's counterpart in transformers, LlamaForCausalLM. Both rotate half against half, so no row moves inside a head."""
+"""Llama's counterpart in transformers, LlamaForCausalLM. It rotates half against half, so rows inside a head move where ours are
+interleaved."""
 
 from __future__ import annotations
 
@@ -10,12 +11,18 @@ from torch import Tensor
 
 from megatronish.config import ModelConfig
 from megatronish.errors import UserError
+from megatronish.interop import rope
 from megatronish.interop.foreign_config import ForeignConfig
 from megatronish.interop.names import VOCABULARY, Interop, pad_rows
 
 
 def write_config(config: ModelConfig, positions: int) -> dict[str, Any]:
-    """The config.json of the same model. Both spellings of the rotary base: `rope_parameters` is read since transformers 5."""
+    """The config.json of the same model. UserError if only part of a head turns."""
+    if config.rotary_size != config.head_size:
+        raise UserError(
+            f"model.partial_rotary_factor={config.partial_rotary_factor}: Hugging Face's Llama turns whole heads, so this model "
+            f"cannot be written as one"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -26,10 +33,9 @@ def write_config(config: ModelConfig, positions: int) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
-        "max_position_embeddings": positions,
+        "max_position_embeddings": rope.positions(config, positions),
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **rope.write(config),
         "initializer_range": config.init_std,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -47,7 +53,7 @@ def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
     heads, hidden = given.integer("num_attention_heads"), given.integer("hidden_size")
     given.must_be("head_dim", hidden // heads, None, default=None)
     given.must_be("sliding_window", None, default=None)
-    given.ignore("max_position_embeddings", "pretraining_tp")
+    given.ignore("pretraining_tp")
     section = {
         "architecture": "llama",
         "num_layers": given.integer("num_hidden_layers"),
@@ -55,7 +61,7 @@ def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": heads,
         "mlp_size": given.integer("intermediate_size"),
         "vocab_size": given.integer("vocab_size"),
-        "rope_theta": _rope_theta(given),
+        **rope.read(given),
         "norm_eps": given.number("rms_norm_eps", default=1e-6),
         "init_std": given.number("initializer_range", default=0.02),
         "tie_embeddings": given.boolean("tie_word_embeddings", default=False),
@@ -66,29 +72,14 @@ def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
     return section if kv_heads == heads else {**section, "num_kv_heads": kv_heads}
 
 
-def _rope_theta(given: ForeignConfig) -> float:
-    given.must_be("rope_scaling", None, {"rope_type": "default"}, {"type": "default"}, default=None)
-    theta = given.number("rope_theta", default=10000.0)
-    parameters = given.take("rope_parameters", default=None)
-    if parameters is None:
-        return theta
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if (
-        not isinstance(parameters, dict)
-        or set(parameters) - known
-        or parameters.get("rope_type", parameters.get("type", "default")) != "default"
-        or parameters.get("partial_rotary_factor", 1.0) != 1.0
-        or not isinstance(parameters.get("rope_theta", theta), int | float)
-    ):
-        raise UserError(f"config.json: rope_parameters={parameters}: only plain rotary positions (rope_type default) are supported")
-    return float(parameters.get("rope_theta", theta))
-
-
 def split(config: ModelConfig, our_name: str, tensor: Tensor) -> list[Tensor]:
-    """Ours -> theirs, views."""
+    """Ours -> theirs, views where possible."""
     if our_name.endswith("qkv.weight"):
         q = config.num_heads // config.kv_heads
-        return [part.flatten(0, 2) for part in tensor.split([q, 1, 1], dim=1)]
+        *turned, value = tensor.split([q, 1, 1], dim=1)
+        if config.rope_layout == "interleaved":
+            turned = [torch.cat((part[:, :, ::2], part[:, :, 1::2]), dim=2) for part in turned]
+        return [part.flatten(0, 2) for part in (*turned, value)]
     if our_name.endswith("gate_up.weight"):
         return list(tensor.unbind(0))
     return [tensor[: config.vocab_size] if our_name in VOCABULARY else tensor]
@@ -97,8 +88,10 @@ def split(config: ModelConfig, our_name: str, tensor: Tensor) -> list[Tensor]:
 def fuse(config: ModelConfig, our_name: str, parts: list[Tensor]) -> Tensor:
     """Theirs -> ours, a copy."""
     if our_name.endswith("qkv.weight"):
-        by_group = [part.unflatten(0, (config.kv_heads, -1, config.head_size)) for part in parts]
-        return torch.cat(by_group, dim=1)
+        *turned, value = (part.unflatten(0, (config.kv_heads, -1, config.head_size)) for part in parts)
+        if config.rope_layout == "interleaved":
+            turned = [torch.stack(part.chunk(2, dim=2), dim=3).flatten(2, 3) for part in turned]
+        return torch.cat((*turned, value), dim=1)
     if our_name.endswith("gate_up.weight"):
         return torch.stack(parts)
     (tensor,) = parts

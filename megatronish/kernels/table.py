@@ -75,6 +75,10 @@ def _dropout(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int,
     return dropout.dropout(x, samples_B, batch_dim=batch_dim, first=first, key=key, rate=rate)
 
 
+def _split_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return rotary.split_rotary(qkv, cos, sin, layout="interleaved" if interleaved else "half")
+
+
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, *mask: Any) -> Tensor:
     m = masked_attention.Mask(*mask)
     drop = m.samples_B if m.samples_B is None else masked_attention.WeightDropout(m.samples_B, m.first_head, m.drop_key, m.rate)
@@ -91,7 +95,7 @@ KERNELS: dict[str, Kernel] = {
     for row in (
         Kernel("rms_norm", rms_norm.rms_norm, rms_norm.reference, rms_norm.sample_inputs, differentiable=(0, 1)),
         Kernel("layer_norm", layer_norm.layer_norm, layer_norm.reference, layer_norm.sample_inputs, differentiable=(0, 1, 2)),
-        Kernel("split_rotary", rotary.split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
+        Kernel("split_rotary", _split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
         Kernel("swiglu", swiglu.swiglu, swiglu.reference, swiglu.sample_inputs, differentiable=(0,)),
         Kernel("gelu", gelu.gelu, gelu.reference, gelu.sample_inputs, differentiable=(0,)),
         Kernel("attention", attention.attention, _attention_reference, attention.sample_inputs, differentiable=(0, 1, 2)),

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from megatronish.batch import TokenContext
 from megatronish.config import ModelConfig
-from megatronish.kernels.rotary import rotary_tables, split_rotary
+from megatronish.kernels.rotary import split_rotary
+from megatronish.kernels.rotary_tables import Scaling, rotary_tables
 from megatronish.models.layers import CausalAttention, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 
 
@@ -43,7 +44,7 @@ class Shared:
 
     context: TokenContext
     rotary: tuple[Tensor, Tensor] | None
-    """cos and sin, [S, B, 1, K/2]."""
+    """cos and sin, [S, B, 1, R/2]."""
 
 
 class AttentionCore(nn.Module):
@@ -53,13 +54,14 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.queries_per_group = config.num_heads // config.kv_heads
         self.packed_shape = (-1, self.queries_per_group + 2, config.head_size)
+        self.rope_layout = config.rope_layout
         self.causal = CausalAttention(config.dropout)
 
     def forward(self, qkv: Tensor, shared: Shared) -> Tensor:
         """[S, B, G*(q+2)*K] -> [S, B, H*K]."""
         qkv_SBGqK = qkv.unflatten(-1, self.packed_shape)
         if shared.rotary is not None:
-            query_SBHK, key_SBGK, value_SBGK = split_rotary(qkv_SBGqK, *shared.rotary)
+            query_SBHK, key_SBGK, value_SBGK = split_rotary(qkv_SBGqK, *shared.rotary, layout=self.rope_layout)
         else:
             query, key, value = qkv_SBGqK.split([self.queries_per_group, 1, 1], dim=3)
             query_SBHK, key_SBGK, value_SBGK = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
@@ -162,8 +164,7 @@ class Decoder(nn.Module):
         """What the blocks share in a forward over these tokens."""
         if self.parts.positions:
             return Shared(context, None)
-        size, theta = self.config.head_size, self.config.rope_theta
-        return Shared(context, rotary_tables(context.positions_SB, head_size=size, theta=theta, dtype=self.dtype))
+        return Shared(context, rotary_tables(context.positions_SB, dtype=self.dtype, **rotary_settings(self.config)))
 
     def project(self, x_SBD: Tensor) -> Tensor:
         """[S, B, D] -> logits [S, B, V]."""
@@ -180,6 +181,13 @@ class Decoder(nn.Module):
         projection = self.head if self.head is not None else self.embedding
         assert projection is not None
         return ending(self.final_norm(x_SBD), projection)
+
+
+def rotary_settings(config: ModelConfig) -> dict[str, Any]:
+    """What `rotary_tables` makes of a model."""
+    given = config.rope_scaling
+    scaling = None if given is None else Scaling(**given.model_dump(exclude_none=True))
+    return {"size": config.rotary_size, "theta": config.rope_theta, "scaling": scaling}
 
 
 def init_std(config: ModelConfig, name: str) -> float | None:

@@ -118,6 +118,8 @@ def _model(model: ModelConfig, *, tp: int, full_tp: int, num_layers: int, positi
             "num_kv_heads": None if model.num_kv_heads is None else groups,
             "hidden_size": heads * HEAD_SIZE,
             "mlp_size": tp * 20,
+            # A share of the head, in pairs, where there was one.
+            "partial_rotary_factor": max(1, int(HEAD_SIZE * model.partial_rotary_factor) // 2) * 2 / HEAD_SIZE,
             "vocab_size": 101 if model.padded_vocab_size > model.vocab_size else padded,
             "vocab_multiple": multiple,
             "max_positions": None if model.max_positions is None else positions + 3,

@@ -9,7 +9,7 @@ import torch
 
 from megatronish.batch import TokenContext
 from megatronish.comm.groups import single_process_group
-from megatronish.config import Config
+from megatronish.config import Config, RopeScaling
 from megatronish.generate.decode import Continuation, Generator, Limits
 from megatronish.generate.sampling import Sampling, next_tokens
 from megatronish.models import MODELS
@@ -21,11 +21,14 @@ LIMITS = Limits(max_tokens=20)
 architectures = pytest.mark.parametrize("architecture", MODELS)
 # Weights so large that attention looks at single tokens: a wrong row or position changes what comes next.
 WIDE = {"init_std": 0.3}
+# What a new token's rotary position has to agree in with those that are kept.
+YARN = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=8)
+TURNED = {"partial_rotary_factor": 0.5, "rope_layout": "interleaved", "rope_scaling": YARN}
 
 
 def config_of(architecture: str) -> Config:
     config = Case(architecture=architecture, vocab_size=101, vocab_multiple=7).config()
-    positions = {"max_positions": 64} if architecture == "gpt2" else {}
+    positions = {"gpt2": {"max_positions": 64}, "llama": TURNED}[architecture]
     return config.model_copy(update={"model": config.model.model_copy(update=WIDE | positions)})
 
 

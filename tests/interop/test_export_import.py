@@ -142,9 +142,9 @@ def test_export_import_export_gives_the_same_bits(runs: dict[str, Path], kind: s
     assert states.keys() == expected.keys()
 
 
-def their_llama() -> nn.Module:
+def their_llama(**more: Any) -> nn.Module:
     fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape = transformers.LlamaConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=2, max_position_embeddings=64, **fields)
+    shape = transformers.LlamaConfig(vocab_size=VOCAB_SIZE, num_key_value_heads=2, max_position_embeddings=64, **fields, **more)
     return transformers.LlamaForCausalLM(shape)
 
 
@@ -225,8 +225,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "quantised": ("llama", {"quantization_config": {"bits": 4}}, "quantised"),
     "architecture": ("llama", {"model_type": "mamba"}, "model_type='mamba' is not known; known are llama, gpt2"),
     "head": ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
-    "scaled rotation": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling="),
-    "scaled rotation, new": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters="),
+    "another scaling": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_type must be default, linear,"),
+    "scaling twice": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 8.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        "differ",
+    ),
+    "part of a head": ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "of whole heads"),
+    "scaling of another kind": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2, "mscale": 1.0}},
+        "rope_parameters=",
+    ),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is another model"),
     "attention bias": ("llama", {"attention_bias": True}, "attention_bias=True"),
     "mlp bias": ("llama", {"mlp_bias": True}, "mlp_bias=True"),
@@ -282,7 +292,7 @@ def test_missing_damaged_and_pickled_weights_are_refused(tmp_path: Path) -> None
 def test_only_what_the_weights_do_not_fix_may_be_overridden(tmp_path: Path) -> None:
     their_gpt2().save_pretrained(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "a", ["model.dropout=0.0", "optim.lr=3e-5"])
-    with pytest.raises(UserError, match=r"only model\.dropout"):
+    with pytest.raises(UserError, match=r"only model\.dropout, model\.rope_scaling"):
         import_model(tmp_path / "theirs", tmp_path / "b", ["model.norm_eps=1e-6"])
     with pytest.raises(UserError, match="exists already"):
         import_model(tmp_path / "theirs", tmp_path / "a", [])
@@ -290,10 +300,50 @@ def test_only_what_the_weights_do_not_fix_may_be_overridden(tmp_path: Path) -> N
         export(Request(tmp_path / "a", tmp_path / "theirs"))
 
 
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0},
+}
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_model_with_scaled_rotation_computes_the_same_here(kind: str, key: str, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    parameters = {"rope_type": kind, "rope_theta": 5e3, **SCALED[kind]}
+    theirs = their_llama(rope_parameters=parameters)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    values = json.loads(path.read_text())
+    if key == "rope_scaling":  # as transformers 4 writes it
+        del values["rope_parameters"]
+        path.write_text(json.dumps(values | {"rope_theta": 5e3, key: {"type": kind, **SCALED[kind]}}))
+    config, _ = import_model(tmp_path / "theirs", tmp_path / "run", [])
+    assert config.model.rope_theta == 5e3
+    tokens_SB = some_tokens().repeat(3, 1)  # beyond the length before
+    expected = their_logits(tmp_path / "theirs", tokens_SB)
+    got = our_logits(tmp_path / "run", 0, tokens_SB)
+    # float32 through two layers; without the scaling they differ by more than 0.1.
+    assert (got - expected).abs().max() < 1e-4
+    again = their_logits(export(Request(tmp_path / "run", tmp_path / "again")), tokens_SB)
+    assert torch.equal(again, expected)
+
+
+def test_a_model_whose_heads_turn_in_part_is_not_exported() -> None:
+    config = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, mlp_size=8, vocab_size=8, partial_rotary_factor=0.5)
+    with pytest.raises(UserError, match=r"model\.partial_rotary_factor=0\.5"):
+        INTEROP["llama"].write_config(config, 16)
+
+
 @pytest.mark.parametrize("architecture", list(INTEROP))
 def test_a_written_config_reads_back_as_the_same_model(architecture: str) -> None:
     fields = {"num_layers": 3, "hidden_size": 48, "num_heads": 6, "mlp_size": 80, "vocab_size": 97, "norm_eps": 1e-4}
-    more: dict[str, Any] = {"llama": {"num_kv_heads": 2, "rope_theta": 5e5}, "gpt2": {"max_positions": 40}}[architecture]
+    llama = {"num_kv_heads": 2, "rope_theta": 5e5, "rope_scaling": {"type": "yarn", **SCALED["yarn"]}}
+    more: dict[str, Any] = {"llama": llama, "gpt2": {"max_positions": 40}}[architecture]
     for tied in (False, True):
         config = ModelConfig.model_validate({"architecture": architecture, "tie_embeddings": tied, **fields, **more})
         interop = INTEROP[architecture]

@@ -30,13 +30,17 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
 
 
+def widened(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in arguments)
+
+
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "split_rotary"])
 @dtypes
 def test_an_op_run_in_triton_equals_its_reference_gradients_too(name: str, dtype: torch.dtype) -> None:
     kernel = KERNELS[name]
     for arguments in kernel.sample_inputs(dtype, "cpu"):
         results: list[tuple[Tensor, ...]] = []
-        for function, given in ((kernel.function, arguments), (kernel.reference, tuple(a.double() for a in arguments))):
+        for function, given in ((kernel.function, arguments), (kernel.reference, widened(arguments))):
             # Every second element of twice as many: not contiguous.
             x = given[0].detach().repeat_interleave(2, -1)[..., ::2].requires_grad_()
             with choosing({name: "triton"}):

@@ -14,6 +14,8 @@ from megatronish.batch import TokenContext
 from megatronish.config import Config, ModelConfig
 from megatronish.errors import UserError
 from megatronish.interop.llama import LLAMA
+from megatronish.kernels.rotary_tables import rotary_tables
+from megatronish.models.decoder import rotary_settings
 from megatronish.models.llama import Llama
 from megatronish.optim.lr_schedule import learning_rate
 from megatronish.parallel.mesh import build_mesh
@@ -28,6 +30,21 @@ SHAPES = {
     "one key/value head": {"num_layers": 1, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 1, "mlp_size": 40, "vocab_size": 50},
     "odd sizes": {"num_layers": 2, "hidden_size": 30, "num_heads": 5, "mlp_size": 77, "vocab_size": 131, "vocab_multiple": 7},
     "long rotary base": {"num_layers": 2, "hidden_size": 64, "num_heads": 2, "mlp_size": 96, "vocab_size": 128, "rope_theta": 5e5},
+    "frequencies of Llama 3.1": {
+        "num_layers": 2, "hidden_size": 64, "num_heads": 2, "mlp_size": 48, "vocab_size": 64, "rope_theta": 5e5,
+        "rope_scaling": {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8},
+    },
+    "YaRN, interleaved": {
+        "num_layers": 2, "hidden_size": 96, "num_heads": 6, "num_kv_heads": 2, "mlp_size": 48, "vocab_size": 64,
+        "rope_layout": "interleaved",
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 10,
+            "beta_fast": 2.0,
+            "beta_slow": 0.25,
+        },
+    },
     "large epsilon": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "mlp_size": 48, "vocab_size": 64, "norm_eps": 1e-2},
 }
 shapes = pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())
@@ -74,12 +91,11 @@ def test_logits_equal_hugging_face(fields: dict[str, Any]) -> None:
 
 
 def widen(theirs: nn.Module, config: ModelConfig) -> None:
-    """Their norms and rotary tables fix float32; torch's own norm and tables in float64 take their places."""
+    """Their norms and rotary tables fix float32; torch's own norm and our tables in float64 take their places."""
 
     def tables(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size
-        angle = position_ids.double()[..., None] * config.rope_theta**-exponent
-        return torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+        cos, sin = rotary_tables(position_ids, dtype=torch.float64, **rotary_settings(config))
+        return torch.cat((cos, cos), -1).squeeze(-2), torch.cat((sin, sin), -1).squeeze(-2)
 
     for module in theirs.modules():
         if type(module).__name__ == "LlamaRMSNorm":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from megatronish.config import Config
 from megatronish.verify.compare import differences
@@ -49,6 +50,8 @@ class Case:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     tie_embeddings: bool = False
+    more: tuple[tuple[str, Any], ...] = ()
+    """Other keys of the model."""
     loss_chunks: int = 1
     """Of the layout: the one-process case has 1."""
 
@@ -86,6 +89,7 @@ class Case:
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
             tie_embeddings=self.tie_embeddings,
+            more=self.more,
         )
 
     def config(self) -> Config:
@@ -102,6 +106,7 @@ class Case:
                     "tie_embeddings": self.tie_embeddings,
                     "max_positions": MAX_POSITIONS if self.architecture == "gpt2" else None,
                     **DIMENSIONS,
+                    **dict(self.more),
                 },
                 "parallel": {
                     "tensor": self.tp,

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from megatronish import assemble
+from megatronish.config import RopeScaling
 from megatronish.parallel.tensor import TensorParallel
 from tests.parallel.conftest import place_in_table
 from tests.parallel.parity import Case, RankResult, check, run_rank
@@ -75,6 +76,21 @@ def test_a_tensor_rank_that_holds_only_padding_changes_nothing(sequence: bool) -
 )
 def test_uneven_stages_and_many_chunks_change_nothing(case: Case) -> None:
     check(case, TOLERANCE)
+
+
+YARN = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=8, beta_fast=2.0, beta_slow=0.25)
+MODELS = {
+    "part of a head turns, interleaved, YaRN": (
+        ("partial_rotary_factor", 0.5),
+        ("rope_layout", "interleaved"),
+        ("rope_scaling", YARN),
+    ),
+}
+
+
+@pytest.mark.parametrize("more", MODELS.values(), ids=MODELS.keys())
+def test_a_model_with_other_parts_equals_one_process(more: tuple[tuple[str, Any], ...]) -> None:
+    check(Case(tp=2, pp=2, sequence=True, recompute="selective", documents=True, more=more), TOLERANCE)
 
 
 def run_regathering(rank: int, case: Case) -> RankResult:
