@@ -88,6 +88,8 @@ class ModelConfig(Section):
     """Slower rotary frequencies for longer sequences."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the mean square in RMSNorm, to the variance in LayerNorm."""
+    activation: Literal["swiglu", "geglu"] = "swiglu"
+    """Of llama's gated MLP (Shazeer 2020): the gate through SiLU, or through GELU by GPT-2's formula. gpt2 has GELU and no gate."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; projections back into the residual stream use it / sqrt(2 num_layers)."""
     max_positions: PositiveInt | None = None

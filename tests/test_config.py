@@ -248,6 +248,11 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
     "model.num_heads % model.num_kv_heads": ({"model": {"num_kv_heads": 3}}, None, ("8", "3", "4")),
     "gpt2 needs model.max_positions": ({"model": {"architecture": "gpt2"}}, None, ("gpt2", "data.sequence_length=32")),
     "llama has no model.max_positions": ({"model": {"max_positions": 64}}, None, ("64", "llama")),
+    "gpt2 has no gated activation": (
+        {"model": {"architecture": "gpt2", "max_positions": 32, "activation": "geglu"}},
+        None,
+        ("geglu", "gpt2"),
+    ),
     "data.sequence_length <= model.max_positions": (
         {"model": {"architecture": "gpt2", "max_positions": 31}},
         None,

@@ -118,6 +118,16 @@ MODEL = (
         ),
     ),
     Constraint(
+        name="gpt2 has no gated activation",
+        keys=("model.activation", "model.architecture"),
+        applies=lambda c: c.model.architecture == "gpt2",
+        holds=lambda c: c.model.activation == "swiglu",
+        message=lambda c: (
+            f"model.activation={c.model.activation}, but model.architecture=gpt2 has GELU without a gate; remove model.activation, "
+            f"or set model.architecture to llama"
+        ),
+    ),
+    Constraint(
         name="data.sequence_length <= model.max_positions",
         keys=("data.sequence_length", "model.max_positions"),
         applies=lambda c: c.model.architecture == "gpt2" and c.model.max_positions is not None,

@@ -37,7 +37,7 @@ def write_config(config: ModelConfig, positions: int) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         **rope.write(config),
         "initializer_range": config.init_std,
-        "hidden_act": "silu",
+        "hidden_act": "silu" if config.activation == "swiglu" else "gelu_pytorch_tanh",
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
@@ -47,7 +47,7 @@ def write_config(config: ModelConfig, positions: int) -> dict[str, Any]:
 def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """Our model section of a config.json of theirs; what it leaves out has the library's defaults."""
     given = ForeignConfig(values)
-    given.must_be("hidden_act", "silu", default="silu")
+    given.must_be("hidden_act", "silu", "gelu_pytorch_tanh", "gelu_new", default="silu")  # the last two are one formula
     for key in ("attention_bias", "mlp_bias"):
         given.must_be(key, False, default=False)
     heads, hidden = given.integer("num_attention_heads"), given.integer("hidden_size")
@@ -62,6 +62,7 @@ def read_config(values: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_size": given.integer("intermediate_size"),
         "vocab_size": given.integer("vocab_size"),
         **rope.read(given),
+        "activation": "swiglu" if given.take("hidden_act", default="silu") == "silu" else "geglu",
         "norm_eps": given.number("rms_norm_eps", default=1e-6),
         "init_std": given.number("initializer_range", default=0.02),
         "tie_embeddings": given.boolean("tie_word_embeddings", default=False),

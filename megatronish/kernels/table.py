@@ -15,6 +15,7 @@ from megatronish.kernels import (
     cached_attention,
     cross_entropy,
     dropout,
+    geglu,
     gelu,
     layer_norm,
     linear,
@@ -97,6 +98,7 @@ KERNELS: dict[str, Kernel] = {
         Kernel("layer_norm", layer_norm.layer_norm, layer_norm.reference, layer_norm.sample_inputs, differentiable=(0, 1, 2)),
         Kernel("split_rotary", _split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
         Kernel("swiglu", swiglu.swiglu, swiglu.reference, swiglu.sample_inputs, differentiable=(0,)),
+        Kernel("geglu", geglu.geglu, geglu.reference, geglu.sample_inputs, differentiable=(0,)),
         Kernel("gelu", gelu.gelu, gelu.reference, gelu.sample_inputs, differentiable=(0,)),
         Kernel("attention", attention.attention, _attention_reference, attention.sample_inputs, differentiable=(0, 1, 2)),
         Kernel(

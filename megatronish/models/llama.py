@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023; Grattafiori et al. 2024): pre-norm blocks, rotary grouped-query attention, SwiGLU, no biases.
+"""Llama (Touvron et al. 2023; Grattafiori et al. 2024): pre-norm blocks, rotary grouped-query attention, gated MLP, no biases.
 
 Plain PyTorch on one device, and the reference that parallel runs are compared with. How it is cut over ranks is the data in
 TENSOR_PARALLEL_PLAN.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatronish.config import ModelConfig
+from megatronish.kernels.geglu import geglu
 from megatronish.kernels.swiglu import swiglu
 from megatronish.layout import Column, Plan, Replicated, Row, Vocab
 from megatronish.models.decoder import Decoder, Parts
@@ -45,13 +46,21 @@ class SwiGLU(nn.Module):
         return swiglu(gate_up)
 
 
+class GeGLU(nn.Module):
+    """gelu(gate) * up."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """[S, B, 2F] -> [S, B, F]."""
+        return geglu(gate_up)
+
+
 class MLP(nn.Module):
-    """SwiGLU. The fused weight is [2, F, D]: gate, then up."""
+    """A gated activation between two linears. The fused weight is [2, F, D]: gate, then up."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.gate_up = Linear(config.hidden_size, (2, config.mlp_size), dtype=dtype, device=device)
-        self.activation = SwiGLU()
+        self.activation = SwiGLU() if config.activation == "swiglu" else GeGLU()
         self.down = Linear(config.mlp_size, (config.hidden_size,), dtype=dtype, device=device)
 
     def forward(self, x_SBD: Tensor) -> Tensor:

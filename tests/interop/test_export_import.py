@@ -342,7 +342,7 @@ def test_a_model_whose_heads_turn_in_part_is_not_exported() -> None:
 @pytest.mark.parametrize("architecture", list(INTEROP))
 def test_a_written_config_reads_back_as_the_same_model(architecture: str) -> None:
     fields = {"num_layers": 3, "hidden_size": 48, "num_heads": 6, "mlp_size": 80, "vocab_size": 97, "norm_eps": 1e-4}
-    llama = {"num_kv_heads": 2, "rope_theta": 5e5, "rope_scaling": {"type": "yarn", **SCALED["yarn"]}}
+    llama = {"num_kv_heads": 2, "rope_theta": 5e5, "activation": "geglu", "rope_scaling": {"type": "yarn", **SCALED["yarn"]}}
     more: dict[str, Any] = {"llama": llama, "gpt2": {"max_positions": 40}}[architecture]
     for tied in (False, True):
         config = ModelConfig.model_validate({"architecture": architecture, "tie_embeddings": tied, **fields, **more})

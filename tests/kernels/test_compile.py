@@ -23,8 +23,8 @@ def config(**more: Any) -> ModelConfig:
 
 @pytest.mark.parametrize(
     "model",
-    [config(), config(dropout=0.2), config(architecture="gpt2", max_positions=S)],
-    ids=["llama", "llama with dropout", "gpt2"],
+    [config(dropout=0.2), config(architecture="gpt2", max_positions=S), config(activation="geglu", rope_layout="interleaved")],
+    ids=["llama with dropout", "gpt2", "llama with GeGLU, interleaved"],
 )
 def test_a_model_is_one_graph_with_the_results_and_gradients_of_eager(model: ModelConfig) -> None:
     module: nn.Module = MODELS[model.architecture].module(model, dtype=torch.float64)

@@ -32,6 +32,8 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
     "split_rotary": (1, 1, 2),
     # silu, then the product. Backward: dy * up is rounded, then the derivative of silu (and dy * silu likewise).
     "swiglu": (2, 2, 1),
+    # The same with GELU.
+    "geglu": (2, 2, 1),
     # Inside in float32, rounded at the end.
     "gelu": (1, 1, 1),
     # The flash kernel rounds the probabilities before the product with the values, and its result. Backward: scores' gradients and

@@ -31,11 +31,21 @@ SHAPES = {
     "odd sizes": {"num_layers": 2, "hidden_size": 30, "num_heads": 5, "mlp_size": 77, "vocab_size": 131, "vocab_multiple": 7},
     "long rotary base": {"num_layers": 2, "hidden_size": 64, "num_heads": 2, "mlp_size": 96, "vocab_size": 128, "rope_theta": 5e5},
     "frequencies of Llama 3.1": {
-        "num_layers": 2, "hidden_size": 64, "num_heads": 2, "mlp_size": 48, "vocab_size": 64, "rope_theta": 5e5,
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "mlp_size": 48,
+        "vocab_size": 64,
+        "rope_theta": 5e5,
         "rope_scaling": {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8},
     },
     "YaRN, interleaved": {
-        "num_layers": 2, "hidden_size": 96, "num_heads": 6, "num_kv_heads": 2, "mlp_size": 48, "vocab_size": 64,
+        "num_layers": 2,
+        "hidden_size": 96,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "mlp_size": 48,
+        "vocab_size": 64,
         "rope_layout": "interleaved",
         "rope_scaling": {
             "type": "yarn",
@@ -45,6 +55,7 @@ SHAPES = {
             "beta_slow": 0.25,
         },
     },
+    "GeGLU": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "mlp_size": 64, "vocab_size": 128, "activation": "geglu"},
     "large epsilon": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "mlp_size": 48, "vocab_size": 64, "norm_eps": 1e-2},
 }
 shapes = pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES.keys())

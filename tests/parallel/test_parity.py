@@ -85,6 +85,7 @@ MODELS = {
         ("rope_layout", "interleaved"),
         ("rope_scaling", YARN),
     ),
+    "GeGLU": (("activation", "geglu"),),
 }
 
 
