@@ -242,6 +242,7 @@ _op = register(
     _fake,
     also={"triton": Implementation(_triton, _triton_refuses), "reference": Implementation(_reference)},
     choice="adamw",
+    named="native",
 )
 
 
