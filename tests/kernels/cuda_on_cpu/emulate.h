@@ -26,6 +26,7 @@ using std::isfinite;
 using std::isnan;
 using std::max;
 using std::min;
+using std::sqrt;  // of a float: a float
 
 struct dim3 {
   unsigned x, y, z;
