@@ -330,13 +330,16 @@ class ObserveConfig(Section):
     """Send metrics to Weights & Biases too (WANDB_MODE=offline keeps them on disk)."""
 
 
-AttentionBody = Literal["auto", "reference", "torch", "triton", "cuda", "flash-attn"]
-NormBody = Literal["auto", "reference", "torch", "triton", "cuda", "liger", "apex"]
+AttentionBody = Literal["auto", "reference", "torch", "triton", "cuda", "flash-attn", "cudnn"]
+NormBody = Literal["auto", "reference", "torch", "triton", "cuda", "liger", "apex", "transformer-engine"]
+PointwiseBody = Literal["auto", "torch", "triton"]
+OptimizerBody = Literal["auto", "reference", "native", "triton"]
 
 
 class KernelsConfig(Section):
     """Which body of an op runs. `auto`: on GPU the fastest of those that match the reference on this device, measured at the start
-    and kept with the run; on CPU `torch`. A body that is named here runs, or the run is refused with the reason."""
+    and kept with the run; on CPU `torch`, and `native` for the optimizer. A body that is named here runs, or the run is refused
+    with the reason."""
 
     attention: AttentionBody = "auto"
     """Attention, with or without documents and dropout."""
@@ -344,6 +347,18 @@ class KernelsConfig(Section):
     """Llama's norm."""
     layer_norm: NormBody = "auto"
     """GPT-2's norm."""
+    split_rotary: PointwiseBody = "auto"
+    """The split of queries, keys and values and their rotation."""
+    swiglu: PointwiseBody = "auto"
+    """Llama's activation."""
+    gelu: PointwiseBody = "auto"
+    """GPT-2's activation."""
+    cross_entropy: PointwiseBody = "auto"
+    """A rank's part of the loss, and the logits' gradient."""
+    adamw: OptimizerBody = "auto"
+    """The optimizer's step; `native` is C++ on CPU and CUDA on GPU."""
+    square_sum: OptimizerBody = "auto"
+    """The gradient norm's sum of squares."""
 
     @property
     def forced(self) -> dict[str, str]:

@@ -6,57 +6,24 @@ On CPU nothing is measured or agreed. A rehearsal, which has no device, communic
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatronish.assemble import DTYPES
 from megatronish.comm import all_reduce
 from megatronish.comm.host import read_values
 from megatronish.config import Config
 from megatronish.json_file import write_json
+from megatronish.kernel_cases import cases
 from megatronish.kernels.dispatch import Case, Decision, as_keys, decide, read_decisions
 from megatronish.kernels.registry import bodies_of, choose
-from megatronish.kernels.table import KERNELS
 from megatronish.parallel.mesh import Mesh
 
 FILE_NAME = "kernels.json"
 """In the run folder."""
-
-
-def cases(config: Config, tp_size: int) -> list[Case]:
-    """The calls that a microbatch makes of ops with several bodies, in their sizes on one rank."""
-    model, dtype = config.model, DTYPES[config.train.dtype]
-    S, B, K = config.data.sequence_length, config.train.micro_batch_size, model.head_size
-    rows, D = S // tp_size if config.parallel.sequence else S, model.hidden_size
-    heads = (model.num_heads // tp_size, model.kv_heads // tp_size)
-
-    def drawn(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
-        return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
-
-    def norm(device: str, num_parameters: int) -> tuple[Any, ...]:
-        return *drawn(device, (rows, B, D), *[(D,)] * num_parameters), model.norm_eps
-
-    def attention(device: str) -> tuple[Any, ...]:
-        return tuple(drawn(device, (S, B, heads[0], K), (S, B, heads[1], K), (S, B, heads[1], K)))
-
-    def masked_attention(device: str) -> tuple[Any, ...]:
-        documents = torch.zeros((S, B), dtype=torch.int64, device=device) if config.data.separate_documents else None
-        samples = torch.arange(B, device=device) if model.dropout else None
-        return *attention(device), documents, None, samples, 0, 0, model.dropout, 1.0 / math.sqrt(K), True, 0
-
-    is_masked = config.data.separate_documents or model.dropout > 0
-    norm_name, num_parameters = ("rms_norm", 1) if model.architecture == "llama" else ("layer_norm", 2)
-    return [
-        Case(KERNELS[norm_name], partial(norm, num_parameters=num_parameters)),
-        Case(KERNELS["masked_attention"], masked_attention) if is_masked else Case(KERNELS["attention"], attention),
-    ]
 
 
 def choose_kernels(config: Config, mesh: Mesh, *, before: Sequence[Decision], tell: Callable[[str], None]) -> list[Decision]:

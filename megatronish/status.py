@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import re
@@ -18,7 +17,7 @@ from megatronish.checkpoint.manifest import step_of
 from megatronish.config_loader import load_config
 from megatronish.errors import UserError
 from megatronish.run_folder import RunFolder
-from megatronish.submit import JOB_FILE
+from megatronish.submit import submitted_job
 
 _TAIL_BYTES = 1 << 16
 
@@ -53,11 +52,9 @@ def facts(folder: RunFolder) -> Iterator[tuple[str, str]]:
 
 def last_job(run: Path) -> tuple[str, int | None] | None:
     """Number of the Slurm job that was submitted or began last, and how many nodes its ranks take, if `megatronish submit` said."""
-    file = run / "submit" / JOB_FILE
     jobs: list[tuple[float, str, int | None]] = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        said = json.loads(file.read_text())
-        jobs.append((file.stat().st_mtime, str(said["job"]), said.get("nodes")))
+    if (submitted := submitted_job(run)) is not None:
+        jobs.append((submitted.when, submitted.number, submitted.nodes))
     # Each job of slurm/pretrain.sbatch keeps count of its lives there.
     for path in (run / "lives").glob("*"):
         if path.name.isdecimal() and path.name not in {job for _, job, _ in jobs}:

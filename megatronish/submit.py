@@ -132,13 +132,37 @@ def main(config_path: str, overrides: list[str], request: Request) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job that `submit` has put in the queue."""
+
+    number: str
+    nodes: int | None
+    """That its ranks take."""
+    when: float
+    """Seconds since 1970."""
+
+
+def submitted_job(run: Path) -> SubmittedJob | None:
+    """The last one of a run, or None."""
+    file = run / "submit" / JOB_FILE
+    try:
+        said = json.loads(file.read_text())
+        return SubmittedJob(str(said["job"]), said.get("nodes"), file.stat().st_mtime)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def require_no_job(run: Path) -> None:
     """UserError if the job that was last submitted for this run is not over."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        job = json.loads((run / "submit" / JOB_FILE).read_text())["job"]
-        done = subprocess.run(["squeue", "-h", "-j", str(job), "-o", "%T"], capture_output=True, text=True, check=False)
+    if (job := submitted_job(run)) is None:
+        return
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["squeue", "-h", "-j", job.number, "-o", "%T"], capture_output=True, text=True, check=False)
         if state := done.stdout.strip():
-            raise UserError(f"job {job} of this run is {state}: a run has one job at a time; scancel {job}, or give another name=")
+            raise UserError(
+                f"job {job.number} of this run is {state}: a run has one job at a time; scancel {job.number}, or give another name="
+            )
 
 
 def certified(config: Config, folder: RunFolder, request: Request) -> bool:

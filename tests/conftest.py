@@ -61,6 +61,18 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+TABLE = "table for the reader"
+"""The name of a property (record_property) whose text is printed at the end, from whichever worker it comes."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables of tests, which a worker's own output would not show."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    tables = [text for report in reports for name, text in getattr(report, "user_properties", []) if name == TABLE]
+    for text in tables:
+        terminalreporter.write_line(text)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -13,6 +13,7 @@ import torch
 from megatronish.checkpoint.load import open_checkpoint
 from megatronish.kernel_choices import _agree, cases, decisions_before, write_decisions
 from megatronish.kernels.dispatch import Decision, decide
+from megatronish.kernels.registry import bodies_of
 from megatronish.packages import find_package
 from megatronish.parallel.mesh import MeshShape, build_mesh
 from megatronish.preflight.rehearse import rehearse, shortened
@@ -38,7 +39,9 @@ def test_a_run_through_triton_has_the_losses_of_torch_and_keeps_what_it_took(tmp
         folder.mkdir()
         small = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "num_kv_heads": 1}
         train = {"steps": 2, "global_batch_size": 1, "micro_batch_size": 1}
-        kernels = {"attention": name, "rms_norm": name}
+        every = ("rms_norm", "split_rotary", "swiglu", "attention", "cross_entropy")
+        own = "native" if name == "torch" else name
+        kernels = {**dict.fromkeys(every, name), "adamw": own, "square_sum": own}
         write_run(folder, model=small, train=train, kernels=kernels, optim={"warmup_steps": 0})
         done = run(folder, TRITON_INTERPRET="1")
         assert done.returncode == 0, done.stderr
@@ -47,7 +50,7 @@ def test_a_run_through_triton_has_the_losses_of_torch_and_keeps_what_it_took(tmp
     # float32: the same sums in another order, over two steps.
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
     kept = json.loads((folder / "runs/tiny/kernels.json").read_text())
-    assert {row["choice"]: row["implementation"] for row in kept} == {"rms_norm": "triton", "attention": "triton"}
+    assert {row["choice"]: row["implementation"] for row in kept} == kernels
     assert open_checkpoint(folder / "runs/tiny/checkpoints/step-00000002").state["kernels"] == kept
     log = (folder / "runs/tiny/logs/rank-00000.log").read_text()
     assert "kernels: attention 16x1x2x8 float32: triton (kernels.attention says so)" in log
@@ -80,19 +83,23 @@ def test_what_a_checkpoint_says_comes_before_what_lies_in_the_folder(tmp_path: P
     assert decisions_before(tmp_path, None) == []
 
 
-def agree(rank: int, given: list[str]) -> list[str]:
-    """What a rank takes whose own measurements gave `given[rank]`."""
+def agree(rank: int, given: list[int]) -> list[int]:
+    """What a rank takes whose own measurements gave the body of number `given[rank]` of each op; by number, too."""
     mesh = build_mesh(MeshShape(pp=1, dp=2, tp=2), rank, device=torch.device("cpu"))
     config = Case(dtype="float32").config()
     wanted = cases(config, 1)
-    own = [replace(d, implementation=given[rank]) for d in decide(wanted, forced={}, device=torch.device("cpu"))]
-    return [decision.implementation for decision in _agree(mesh, wanted, own)]
+    names = [list(bodies_of(case.kernel.chosen_as)) for case in wanted]
+    decided = decide(wanted, forced={}, device=torch.device("cpu"))
+    own = [replace(d, implementation=of_case[given[rank]]) for d, of_case in zip(decided, names, strict=True)]
+    return [of_case.index(d.implementation) for d, of_case in zip(_agree(mesh, wanted, own), names, strict=True)]
 
 
-@pytest.mark.parametrize("first", ["torch", "reference"])
-def test_ranks_that_measured_otherwise_take_what_rank_0_takes(first: str) -> None:
-    given = [first, "torch", "reference", "torch"]
-    assert ranks(4).run(agree, given) == [[first, first]] * 4
+@needs_triton
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_that_measured_otherwise_take_what_rank_0_takes(first: int) -> None:
+    """Every op has a body of torch or native code, and a second one that runs here."""
+    taken = ranks(4).run(agree, [first, 0, 1, 0])
+    assert len(taken[0]) > 5 and all(set(numbers) == {first} for numbers in taken)
 
 
 def test_a_rehearsal_of_gpus_agrees_once_on_every_rank_and_decides_nothing() -> None:

@@ -211,7 +211,7 @@ __device__ __forceinline__ double sum_of_block(double mine) {
   sums[threadIdx.x] = mine;
   __syncthreads();
   for (int width = kThreads / 2; width > 0; width /= 2) {
-    if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+    if (int(threadIdx.x) < width) sums[threadIdx.x] += sums[threadIdx.x + width];
     __syncthreads();
   }
   return sums[0];

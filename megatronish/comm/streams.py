@@ -126,6 +126,16 @@ def end_of_work(device: torch.device) -> Callable[[], None]:
     return event.synchronize
 
 
+def is_current(device: torch.device) -> bool:
+    """Whether launches of this thread go to this GPU."""
+    return device.index == torch.cuda.current_device()
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU, such as (9, 0)."""
+    return torch.cuda.get_device_capability(device)
+
+
 def stream_handle(device: torch.device) -> int:
     """The address of the current stream of a GPU, for native launchers."""
     handle: int = torch.cuda.current_stream(device).cuda_stream

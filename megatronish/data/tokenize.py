@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import warnings
@@ -109,6 +110,7 @@ def tokenize(
     loaded = load_tokenizer(tokenizer)
     dtype = token_dtype(loaded.get_vocab_size(with_added_tokens=True))
     end_id = end_of_text_id(loaded, token=eod) if append_eod else None
+    _require_same_vocabulary(out, loaded)
     files = find_files(inputs, globs=globs)
     settings = {
         "tokenizer": xxhash.xxh3_128_hexdigest(loaded.to_str().encode()),
@@ -133,6 +135,19 @@ def tokenize(
         except UserError:
             partial.discard()
             raise
+
+
+def _require_same_vocabulary(out: Path, tokenizer: Tokenizer) -> None:
+    """UserError if a set of another vocabulary stands there: runs may read it."""
+    try:
+        before = json.loads(Path(f"{out}.json").read_text())["vocabulary"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != f"{vocabulary_fingerprint(tokenizer):016x}":
+        raise UserError(
+            f"{out}.bin was made with a tokenizer of another vocabulary: give another --out, or delete {out}.bin, {out}.idx and "
+            f"{out}.json"
+        )
 
 
 @dataclass(frozen=True)

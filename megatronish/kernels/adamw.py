@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -167,15 +168,32 @@ def _body(
     rounding: str,
     zero_grad: bool,
 ) -> None:
-    lr, beta1, beta2, eps, weight_decay = numbers
-    module = native.cpu if master.device.type == "cpu" else native.cuda
-    if module is None:
-        hyper = AdamWNumbers(lr, beta1, beta2, eps, weight_decay)
-        drawn: Rounding = "stochastic" if rounding == "stochastic" else "nearest"
-        reference(master, grad, exp_avg, exp_avg_sq, scalars, low, hyper, segments, drawn, zero_grad)
-        return
     on_cpu = master.device.type == "cpu"
+    module = native.cpu if on_cpu else native.cuda
+    given = (master, grad, exp_avg, exp_avg_sq, scalars, low, numbers, segments, rounding, zero_grad)
+    if module is None:
+        _reference(*given)
+        return
     where = {"threads": torch.get_num_threads()} if on_cpu else {"stream": stream_handle(master.device)}
+    call_native(module, where, *given)
+
+
+def call_native(
+    module: ModuleType,
+    where: dict[str, int],
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: Tensor,
+    low: Tensor | None,
+    numbers: list[float],
+    segments: Tensor | None,
+    rounding: str,
+    zero_grad: bool,
+) -> None:
+    """The op by megatronish._cpu or ._cuda; `where`: threads, or the stream."""
+    lr, beta1, beta2, eps, weight_decay = numbers
     module.adamw(
         master.data_ptr(),
         _KINDS[master.dtype],
@@ -242,6 +260,7 @@ _op = register(
     _fake,
     also={"triton": Implementation(_triton, _triton_refuses), "reference": Implementation(_reference)},
     choice="adamw",
+    named="native",
 )
 
 

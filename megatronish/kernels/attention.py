@@ -174,7 +174,7 @@ def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor,
     """Inputs that tests and benches run every implementation on."""
     generator = torch.Generator(device).manual_seed(0)
     cases = []
-    for S, B, H, G, K in [(16, 2, 4, 4, 8), (33, 1, 4, 2, 16), (1, 2, 2, 1, 32)]:
+    for S, B, H, G, K in [(16, 2, 4, 4, 8), (33, 1, 4, 2, 16), (1, 2, 2, 1, 32), (5, 1, 2, 1, 64), (3, 1, 1, 1, 128)]:
         shapes = [(S, B, H, K), (S, B, G, K), (S, B, G, K)]
         q, k, v = (torch.randn(*s, generator=generator, dtype=dtype, device=device) for s in shapes)
         cases.append((q, k, v))

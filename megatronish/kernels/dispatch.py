@@ -30,8 +30,12 @@ class Case:
     """A call that a run makes."""
 
     kernel: Kernel
+    dtype: torch.dtype
+    """What the sample inputs are tried in."""
     make: Callable[[str], tuple[Any, ...]]
-    """device -> arguments."""
+    """device -> arguments; `meta` for their shapes."""
+    small: Callable[[str], tuple[Any, ...]]
+    """The same call with a few tokens: enough to be refused, and quick in an interpreter."""
 
 
 @dataclass(frozen=True)
@@ -81,48 +85,42 @@ def decide(
     known = {(d.choice, d.bucket, d.dtype, d.device): d for d in before}
     decisions = []
     for case in cases:
-        arguments = case.make(str(device))
-        choice, bucket, dtype, _ = key_of(case.kernel.chosen_as, arguments)
+        choice, bucket, dtype, _ = key_of(case.kernel.chosen_as, case.make("meta"))
         bodies = bodies_of(choice)
         earlier = known.get((choice, bucket, dtype, name))
         if choice in forced:
             implementation, why = forced[choice], f"kernels.{choice} says so"
-            _require(case, implementation, arguments, deterministic=deterministic)
+            _require(case, implementation, str(device), deterministic=deterministic)
         elif device.type == "cpu":
-            implementation, why = "torch", "on CPU nothing is measured"
+            implementation, why = next(iter(bodies)), "on CPU nothing is measured"
         elif earlier is not None and earlier.implementation in bodies:
             implementation, why = earlier.implementation, earlier.why
         else:
-            implementation, why = _fastest(case, arguments, device=device, deterministic=deterministic)
+            implementation, why = _fastest(case, device=device, deterministic=deterministic)
         decisions.append(Decision(choice, bucket, dtype, name, implementation, why))
     return decisions
 
 
-def _require(case: Case, name: str, arguments: tuple[Any, ...], *, deterministic: bool) -> None:
+def _require(case: Case, name: str, device: str, *, deterministic: bool) -> None:
     """Refused if a body that the config forces cannot do its case."""
     bodies = bodies_of(case.kernel.chosen_as).get(name, [])
     if deterministic and not all(body.is_deterministic for body in bodies):
         raise Refused(case.kernel.chosen_as, name, "it is not deterministic, and train.deterministic is true")
     with choosing({case.kernel.chosen_as: name}):
-        case.kernel.function(*_small(case.kernel, arguments))
+        case.kernel.function(*case.small(device))
 
 
-def _small(kernel: Kernel, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same call over the first few rows: enough to be refused, and quick in an interpreter."""
-    size = max(a.shape[0] for a in arguments if isinstance(a, Tensor))
-    return tuple(a[:4] if isinstance(a, Tensor) and a.dim() > 1 and a.shape[0] == size else a for a in arguments)
-
-
-def _fastest(case: Case, arguments: tuple[Any, ...], *, device: torch.device, deterministic: bool) -> tuple[str, str]:
-    """(name, why) of the fastest admitted body; `torch` where none is."""
-    candidates, refused = [], []
-    for name, bodies in bodies_of(case.kernel.chosen_as).items():
+def _fastest(case: Case, *, device: torch.device, deterministic: bool) -> tuple[str, str]:
+    """(name, why) of the fastest admitted body; the first where none is."""
+    arguments, candidates, refused = case.make(str(device)), [], []
+    found = bodies_of(case.kernel.chosen_as)
+    for name, bodies in found.items():
         if name == "reference":
             continue
         if deterministic and not all(body.is_deterministic for body in bodies):
             reason: str | None = "not deterministic"
         else:
-            reason = why_not(case.kernel, name, arguments[0].dtype, str(device)) or _attempt(case.kernel, name, arguments)
+            reason = why_not(case.kernel, name, case.dtype, str(device)) or _attempt(case.kernel, name, arguments)
         if reason is None:
             candidates.append(name)
         else:
@@ -132,7 +130,7 @@ def _fastest(case: Case, arguments: tuple[Any, ...], *, device: torch.device, de
         for name in candidates:
             times[name].append(_seconds(case.kernel, name, arguments, device))
     medians = {name: statistics.median(values) for name, values in times.items() if values}
-    best = min(medians, key=lambda name: medians[name]) if medians else (candidates or ["torch"])[0]
+    best = min(medians, key=lambda name: medians[name]) if medians else (candidates or list(found))[0]
     measured = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in sorted(medians.items(), key=lambda item: item[1]))
     return best, "; ".join(filter(None, [measured or "the only one", *refused]))
 
@@ -149,20 +147,35 @@ def why_not(kernel: Kernel, name: str, dtype: torch.dtype, device: str) -> str |
             continue
         except Exception as error:
             return _first_line(error)
-        wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+        wide = tuple(map(_widened, arguments))
         for a, b in zip(got, _run(kernel, kernel.reference, wide, None), strict=True):
             eps, wide_eps = torch.finfo(a.dtype).eps, torch.finfo(accumulate_dtype(a)).eps
             limit = ROUNDINGS * eps / 2 + math.sqrt(LENGTH) * wide_eps
-            error_of = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1.0)) if a.numel() else 0.0
+            error_of = error_against(a, b)
             if not error_of <= limit:
                 return f"off by {error_of:.1e} on a small case, allowed {limit:.1e}"
         matched += 1
     return None if matched else reason
 
 
+def _widened(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_widened(a) for a in argument]
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+
+
+def error_against(a: Tensor, reference: Tensor) -> float:
+    """The largest error of `a`, relative to the largest finite value of the reference or 1; equal infinities are no error."""
+    if not a.numel():
+        return 0.0
+    wide, b = a.double(), reference.double()
+    size = b.where(b.isfinite(), 0.0).abs().max().clamp_min(1.0)
+    return float((wide - b).where(wide != b, 0.0).abs().max() / size)
+
+
 def _run(kernel: Kernel, function: Callable[..., Any], arguments: tuple[Any, ...], name: str | None) -> list[Tensor]:
     """Results and gradients, for upstream gradients of fixed values."""
-    given = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+    given = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]  # tensors of a list are only read
     leaves = [given[i].requires_grad_() for i in kernel.differentiable]
     with choosing({} if name is None else {kernel.chosen_as: name}):
         returned = function(*given)

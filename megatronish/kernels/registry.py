@@ -45,7 +45,7 @@ class Refused(UserError):
     """A body that the config names cannot do a call."""
 
     def __init__(self, choice: str, name: str, reason: str) -> None:
-        super().__init__(f"kernels.{choice}={name}: not possible here: {reason}; set it to auto or torch")
+        super().__init__(f"kernels.{choice}={name}: not possible here: {reason}; set it to auto")
         self.reason = reason
 
 
@@ -74,13 +74,14 @@ def register(
     *,
     also: Mapping[str, Implementation] | None = None,
     choice: str | None = None,
+    named: str = "torch",
 ) -> Callable[..., Any]:
     """Define `megatronish::<schema>` and return the callable. `fake` gives outputs of the right shape, dtype and strides.
 
-    `body` is the one named `torch`; `also` has others, by the names of `kernels:` in a config (triton, cuda, native, liger, ...).
+    `body`, which runs where nothing else is chosen, is the one `named`; `also` has others, by the names of `kernels:` in a config.
     `choice`: the name in `kernels:`, by default that of the op; an op and its backward share one."""
     name = schema[: schema.index("(")]
-    op = _ops[name] = _Op({"torch": Implementation(body), **(also or {})}, choice or name)
+    op = _ops[name] = _Op({named: Implementation(body), **(also or {})}, choice or name)
     _library.define(schema)
     # With one body there is nothing to choose.
     run = body if len(op.bodies) == 1 else lambda *arguments: _run(op, arguments)
@@ -101,15 +102,17 @@ def _run(op: _Op, arguments: tuple[Any, ...]) -> Any:
         body = op.bodies[name]
         if body.refuses(*arguments) is None:
             return body.run(*arguments)
-    return op.bodies["torch"].run(*arguments)
+    return next(iter(op.bodies.values())).run(*arguments)
 
 
 def key_of(choice: str, arguments: Iterable[Any]) -> Key:
-    """What a call is measured under: all dimensions but the last of its first floating tensor rounded up to powers of two."""
+    """What a call is measured under: all dimensions but the last of its first floating tensor rounded up to powers of two. Flat
+    tensors, as the optimizer's, are of one bucket."""
     flat = (b for a in arguments for b in (a if isinstance(a, list) else [a]))
     x = next(a for a in flat if isinstance(a, Tensor) and a.is_floating_point())
     rounded = [1 << (size - 1).bit_length() if size else 0 for size in x.shape[:-1]]
-    return choice, "x".join(map(str, [*rounded, x.shape[-1]])), str(x.dtype).removeprefix("torch."), x.device.type
+    bucket = "x".join(map(str, [*rounded, x.shape[-1]])) if rounded else "flat"
+    return choice, bucket, str(x.dtype).removeprefix("torch."), x.device.type
 
 
 def bodies_of(choice: str) -> dict[str, list[Implementation]]:
@@ -128,8 +131,8 @@ def choices() -> list[str]:
 
 
 def choose(*, forced: Mapping[str, str], measured: Mapping[Key, str]) -> None:
-    """What runs from now on in this process: `forced` by name of the choice, else `measured`, else `torch`. A body that was
-    measured and refuses a call leaves it to `torch`; one that is forced raises Refused."""
+    """What runs from now on in this process: `forced` by name of the choice, else `measured`, else each op's first body. A body
+    that was measured and refuses a call leaves it to that one; one that is forced raises Refused."""
     _chosen.forced, _chosen.measured = dict(forced), dict(measured)
 
 

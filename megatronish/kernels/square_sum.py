@@ -65,6 +65,7 @@ _op = register(
     _body,
     _fake,
     also={"triton": Implementation(_triton, _triton_refuses), "reference": Implementation(reference)},
+    named="native",
 )
 
 

@@ -72,6 +72,18 @@ def _attention_reference(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tenso
     return attention.reference(query_SBHK, key_SBGK, value_SBGK)[0]
 
 
+def _cross_entropy(bodies: tuple[Callable[..., Tensor], Callable[..., Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(parts of the loss, gradient of a loss that counts every token once), as a rank that has all columns makes them."""
+    parts, backward = bodies
+
+    def both(logits_TV: Tensor, labels_T: Tensor, first_row: int, num_valid: int, with_sum: bool) -> tuple[Tensor, Tensor]:
+        parts_PT = parts(logits_TV, labels_T, first_row, num_valid, with_sum)
+        log_sum_exp_T = parts_PT[1].log() + parts_PT[0]
+        return parts_PT, backward(torch.ones_like(log_sum_exp_T), logits_TV, labels_T, log_sum_exp_T, first_row, num_valid)
+
+    return both
+
+
 def _dropout(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int, rate: float) -> Tensor:
     return dropout.dropout(x, samples_B, batch_dim=batch_dim, first=first, key=key, rate=rate)
 
@@ -139,12 +151,25 @@ KERNELS: dict[str, Kernel] = {
             linear.row_gradient_sample_inputs,
             mutated=(0,),
         ),
-        Kernel("cross_entropy_parts", cross_entropy.cross_entropy_parts, cross_entropy.reference, cross_entropy.sample_inputs),
+        Kernel(
+            "cross_entropy",
+            _cross_entropy((cross_entropy.cross_entropy_parts, cross_entropy.cross_entropy_backward)),
+            _cross_entropy((cross_entropy.reference, cross_entropy.reference_backward)),
+            cross_entropy.sample_inputs,
+        ),
+        Kernel(
+            "cross_entropy_parts",
+            cross_entropy.cross_entropy_parts,
+            cross_entropy.reference,
+            cross_entropy.sample_inputs,
+            choice="cross_entropy",
+        ),
         Kernel(
             "cross_entropy_backward",
             cross_entropy.cross_entropy_backward,
             cross_entropy.reference_backward,
             cross_entropy.backward_sample_inputs,
+            choice="cross_entropy",
         ),
         Kernel(
             "cross_entropy_backward_",
@@ -152,6 +177,7 @@ KERNELS: dict[str, Kernel] = {
             cross_entropy.reference_backward_in_place,
             cross_entropy.backward_sample_inputs,
             mutated=(1,),
+            choice="cross_entropy",
         ),
         Kernel("adamw", _adamw, adamw.reference, adamw.sample_inputs, mutated=(0, 1, 2, 3, 5)),
         Kernel("square_sum", square_sum.square_sum, square_sum.reference, square_sum.sample_inputs),

@@ -136,6 +136,18 @@ def test_inputs_without_text_are_refused(tokenizer_path, tmp_path):
         tokenize([tmp_path / "a.txt"], tokenizer=tokenizer_path, out=tmp_path / "set")
 
 
+def test_a_set_of_another_vocabulary_is_not_overwritten(tokenizer_path, tmp_path, sample_text):
+    (tmp_path / "a.txt").write_text(sample_text)
+    given = {"out": tmp_path / "set"}
+    tokenize([tmp_path / "a.txt"], tokenizer=tokenizer_path, **given)
+    before = (tmp_path / "set.bin").read_bytes()
+    train_tokenizer([tmp_path / "a.txt"], vocab_size=290, out=tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"set\.bin was made with a tokenizer of another vocabulary: give another --out"):
+        tokenize([tmp_path / "a.txt"], tokenizer=tmp_path / "other.json", **given)
+    assert (tmp_path / "set.bin").read_bytes() == before
+    tokenize([tmp_path / "a.txt"], tokenizer=tokenizer_path, **given)
+
+
 def test_bad_tokenizers_and_settings_are_refused(tokenizer_path, tmp_path, sample_text):
     (tmp_path / "a.txt").write_text(sample_text)
     (tmp_path / "bad.json").write_text("{}")

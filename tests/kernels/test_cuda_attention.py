@@ -12,7 +12,9 @@ from torch import Tensor
 
 from megatronish.kernels import attention as op
 from megatronish.kernels.cuda import attention as cuda
+from megatronish.kernels.dispatch import why_not
 from megatronish.kernels.registry import choosing
+from megatronish.kernels.table import KERNELS
 from tests.kernels.cuda_on_cpu import ORDERS, as_cuda, counters, guarded, needs_compiler
 
 pytestmark = needs_compiler
@@ -163,3 +165,12 @@ def test_the_op_runs_them_where_the_config_says_so() -> None:
     want = run(*inputs, dout)
     for got, key in zip((out, *grads), (0, 2, 3, 4), strict=True):
         assert torch.equal(got, want[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in ("attention", "rms_norm", "layer_norm") for dtype in (torch.bfloat16, torch.float16)],
+)
+def test_dispatch_admits_the_bodies_in_cuda(name: str, dtype: torch.dtype) -> None:
+    with as_cuda():
+        assert why_not(KERNELS[name], "cuda", dtype, "cpu") is None

@@ -6,10 +6,13 @@ import hashlib
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -68,18 +71,20 @@ def short_names(mangled: list[str]) -> list[str]:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_compiles_without_spills_for_every_architecture(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiles_without_spills_for_every_architecture(
+    source: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     text = said_by_ptxas(source, tmp_path)
     assert "warning" not in text, text
     rows = parse(text)
     assert {row.arch for row in rows} == set(LIMIT_KIB)
     kernels = sorted({row.kernel for row in rows})
-    with capsys.disabled():
-        print(f"\n{source.name}: registers / bytes spilled / bytes of static shared memory, {', '.join(LIMIT_KIB)}")
-        for kernel, name in zip(kernels, short_names(kernels), strict=True):
-            same = [row for arch in LIMIT_KIB for row in rows if (row.kernel, row.arch) == (kernel, arch)]
-            assert len(same) == len(LIMIT_KIB), name
-            print("  ", name.ljust(60), *(f"{row.registers:3} /{row.spilled:3} /{row.shared:6}  " for row in same))
+    lines = [f"{source.name}: registers / bytes spilled / bytes of static shared memory, {', '.join(LIMIT_KIB)}"]
+    for kernel, name in zip(kernels, short_names(kernels), strict=True):
+        same = [row for arch in LIMIT_KIB for row in rows if (row.kernel, row.arch) == (kernel, arch)]
+        assert len(same) == len(LIMIT_KIB), name
+        lines.append(f"  {name:60}" + "  ".join(f"{row.registers:3} /{row.spilled:3} /{row.shared:6}" for row in same))
+    record_property(TABLE, "\n".join(lines))
     too_much = [row for row in rows if row.spilled > MOST_SPILLED or row.shared > LIMIT_KIB[row.arch] * 1024]
     assert not too_much, too_much
 

@@ -50,6 +50,7 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
     "accumulate_weight_gradient": (2, 0, 10),
     "accumulate_bias_gradient": (0, 0, 12),
     "accumulate_row_gradient": (0, 0, 12),
+    "cross_entropy": (1, 0, 40),
     "cross_entropy_parts": (0, 0, 40),
     "cross_entropy_backward": (1, 0, 1),
     "cross_entropy_backward_": (1, 0, 1),
@@ -222,7 +223,7 @@ def test_fake_results_have_the_shape_dtype_and_strides_of_real_ones_of_every_bod
             # An interpreter is slow: one call is enough for a body that is not the first.
             if body.refuses(*arguments) is not None or body in done:
                 continue
-            if registered and body is not registered.bodies["torch"]:
+            if registered and body is not next(iter(registered.bodies.values())):
                 done.append(body)
             real = body.run(*copies(tuple(arguments)))
             if real is None:

@@ -59,7 +59,9 @@ PLACES = {
     "optim/grad_buffer.py": ("owned",),
     "optim/sharded_grads.py": ("_start_oldest",),
     "optim/zero.py": ("_updated_range", "owned_pieces"),
-    "parallel/loss.py": ("vocab_parallel_cross_entropy",),
+    "parallel/loss.py": ("of",),
+    # Rank 0 says which kernels run.
+    "kernel_choices.py": ("_agree", "choose_kernels"),
     "parallel/mesh.py": ("index",),
     "parallel/tensor.py": ("_cut_module", "_shard", "extra_repr", "forward"),
 }

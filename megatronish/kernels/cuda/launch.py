@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatronish import native
-from megatronish.comm.streams import stream_handle
+from megatronish.comm.streams import compute_capability, is_current, stream_handle
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """As csrc/cuda/cuda.h numbers them."""
@@ -30,9 +30,9 @@ def unavailable(x: Tensor) -> str | None:
     if native.cuda is None:
         return f"megatronish._cuda: {native.cuda_outcome}"
     if x.device.type == "cuda":
-        if torch.cuda.get_device_capability(x.device) < (8, 0):
+        if compute_capability(x.device) < (8, 0):
             return "compute capability below 8.0"
-        if x.device.index != torch.cuda.current_device():
+        if not is_current(x.device):
             return "a device that is not the current one"
     return None
 

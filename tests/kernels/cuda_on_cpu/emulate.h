@@ -26,6 +26,7 @@ using std::isfinite;
 using std::isnan;
 using std::max;
 using std::min;
+using std::sqrt;  // of a float: a float
 
 struct dim3 {
   unsigned x, y, z;
@@ -57,6 +58,18 @@ float __bfloat162float(__nv_bfloat16 x);
 float __half2float(__half x);
 __nv_bfloat16 __float2bfloat16_rn(float x);
 __half __float2half_rn(float x);
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
+inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 // The runtime: one device of two multiprocessors, on which any launch succeeds.
 using cudaStream_t = struct StreamOfNoDevice*;
