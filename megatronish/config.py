@@ -351,6 +351,8 @@ class KernelsConfig(Section):
     """The split of queries, keys and values and their rotation."""
     swiglu: PointwiseBody = "auto"
     """Llama's activation."""
+    geglu: PointwiseBody = "auto"
+    """The same with model.activation=geglu."""
     gelu: PointwiseBody = "auto"
     """GPT-2's activation."""
     cross_entropy: PointwiseBody = "auto"

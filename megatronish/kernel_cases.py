@@ -15,8 +15,9 @@ from megatronish.assemble import DTYPES
 from megatronish.config import Config
 from megatronish.kernels.adamw import AdamWNumbers
 from megatronish.kernels.dispatch import Case
-from megatronish.kernels.rotary import rotary_tables
+from megatronish.kernels.rotary_tables import rotary_tables
 from megatronish.kernels.table import KERNELS
+from megatronish.models.decoder import rotary_settings
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def cases(config: Config, tp_size: int) -> list[Case]:
     is_masked = config.data.separate_documents or config.model.dropout > 0
     make: dict[str, Callable[[Config, _Sizes, str], tuple[Any, ...]]] = {}
     if config.model.architecture == "llama":
-        make |= {"rms_norm": partial(_norm, num_parameters=1), "split_rotary": _rotary, "swiglu": _swiglu}
+        make |= {"rms_norm": partial(_norm, num_parameters=1), "split_rotary": _rotary, config.model.activation: _gated}
     else:
         make |= {"layer_norm": partial(_norm, num_parameters=2), "gelu": _gelu}
     make |= {"masked_attention": _masked_attention} if is_masked else {"attention": _attention}
@@ -84,11 +85,11 @@ def _norm(config: Config, z: _Sizes, device: str, *, num_parameters: int) -> tup
 
 def _rotary(config: Config, z: _Sizes, device: str) -> tuple[Any, ...]:
     positions = torch.arange(z.S, device=device)[:, None].expand(z.S, z.B)
-    tables = rotary_tables(positions, head_size=z.K, theta=config.model.rope_theta, dtype=z.dtype)
-    return z.draw(device, z.S, z.B, z.G, z.H // z.G + 2, z.K), *tables
+    tables = rotary_tables(positions, dtype=z.dtype, **rotary_settings(config.model))
+    return z.draw(device, z.S, z.B, z.G, z.H // z.G + 2, z.K), *tables, config.model.rope_layout == "interleaved"
 
 
-def _swiglu(config: Config, z: _Sizes, device: str) -> tuple[Any, ...]:
+def _gated(config: Config, z: _Sizes, device: str) -> tuple[Any, ...]:
     return (z.draw(device, z.S, z.B, 2 * z.F),)
 
 
