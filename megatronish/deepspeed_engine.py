@@ -33,7 +33,7 @@ from megatronish.deepspeed_settings import engine_settings
 from megatronish.layout import ParamLayout, Rectangle
 from megatronish.optim.buckets import Bucket, decays
 from megatronish.optim.grad_buffer import GradBuffer
-from megatronish.optim.grad_norm import square_sum
+from megatronish.kernels.square_sum import square_sum
 from megatronish.optim.parameters import FlatParameters
 from megatronish.optim.zero import STATES, saved_boxes
 from megatronish.parallel.mesh import Mesh
@@ -273,7 +273,7 @@ class EngineOptimizer:
         """Global L2 norm of the reduced gradients, before clipping; infinite where one is not finite. Collective over the job."""
         if self._reduces_whole_gradients:
             gradients, _ = self._its_norm()
-            total = torch.stack([square_sum(gradient) for gradient in gradients]).sum()
+            total = square_sum(list(gradients))
             norm = all_reduce(total, self.mesh.groups["tp"], what="gradient norm").sqrt()
         elif self._is_stage_3:
             norm = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups(self._its_norm())
