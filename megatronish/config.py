@@ -294,7 +294,7 @@ class ObserveConfig(Section):
     """Send metrics to Weights & Biases too (WANDB_MODE=offline keeps them on disk)."""
 
 
-AttentionBody = Literal["auto", "reference", "torch", "triton", "cuda", "flash-attn"]
+AttentionBody = Literal["auto", "reference", "torch", "triton", "triton-tma", "cuda", "flash-attn"]
 NormBody = Literal["auto", "reference", "torch", "triton", "cuda", "liger", "apex"]
 
 
