@@ -15,6 +15,11 @@ export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}"
 # Compute nodes often reach no network: Hugging Face libraries then wait for time-outs (huggingface.co/docs/huggingface_hub).
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 
+# ---- compiled kernels --------------------------------------------------------------------------------------------------------------
+# Triton's default is ~/.triton/cache: on a home that all nodes share, each of a thousand ranks would look up and write some ten small
+# files a kernel there. On the node's own disk its ranks share one folder. Jobs after the first on a node compile nothing.
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/megatronish-triton-$(id -u)}"
+
 # ---- limits ------------------------------------------------------------------------------------------------------------------------
 # Rank 0 keeps a connection open to every rank; the usual soft limit of 1,024 files ends that at a thousand. srun passes limits on.
 ulimit -S -n "$(ulimit -H -n)"

@@ -330,7 +330,7 @@ class ObserveConfig(Section):
     """Send metrics to Weights & Biases too (WANDB_MODE=offline keeps them on disk)."""
 
 
-AttentionBody = Literal["auto", "reference", "torch", "triton", "cuda", "flash-attn", "cudnn"]
+AttentionBody = Literal["auto", "reference", "torch", "triton", "triton-tma", "cuda", "flash-attn", "cudnn"]
 NormBody = Literal["auto", "reference", "torch", "triton", "cuda", "liger", "apex", "transformer-engine"]
 PointwiseBody = Literal["auto", "torch", "triton"]
 OptimizerBody = Literal["auto", "reference", "native", "triton"]

@@ -30,10 +30,10 @@ from megatronish.config import Config
 from megatronish.deepspeed_nvme import SwapFolder
 from megatronish.deepspeed_package import LOGGER, Places, import_deepspeed
 from megatronish.deepspeed_settings import engine_settings
+from megatronish.kernels.square_sum import square_sum
 from megatronish.layout import ParamLayout, Rectangle
 from megatronish.optim.buckets import Bucket, decays
 from megatronish.optim.grad_buffer import GradBuffer
-from megatronish.kernels.square_sum import square_sum
 from megatronish.optim.parameters import FlatParameters
 from megatronish.optim.zero import STATES, saved_boxes
 from megatronish.parallel.mesh import Mesh

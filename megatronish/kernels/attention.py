@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatronish.kernels import peers
+from megatronish.kernels.attention_bodies import triton_bodies
 from megatronish.kernels.cuda import attention as cuda_attention
-from megatronish.kernels.installed import refuses_triton
 from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
 
@@ -98,31 +98,10 @@ def _whole_reference_backward(
     return _reference_backward(dout, query, key, value)
 
 
-def _triton_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    from megatronish.kernels.triton import attention
+def _triton_masks(query: Tensor) -> tuple[Any, float]:
+    from megatronish.kernels.triton.attention import Masks
 
-    return attention.forward(query, key, value, attention.Masks(), 1.0 / math.sqrt(query.shape[-1]))
-
-
-def _triton_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from megatronish.kernels.triton import attention
-
-    scale = 1.0 / math.sqrt(query.shape[-1])
-    return attention.backward(dout.contiguous(), query, key, value, out.contiguous(), lse, attention.Masks(), scale)
-
-
-def _refuses_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    if reason := refuses_triton(query):
-        return reason
-    from megatronish.kernels.triton import attention
-
-    return attention.refuses(query, key, value, attention.Masks())
-
-
-def _refuses_triton_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
-    return _refuses_triton(query, key, value)
+    return Masks(), 1.0 / math.sqrt(query.shape[-1])
 
 
 _forward_op = register(
@@ -131,7 +110,7 @@ _forward_op = register(
     _forward_fake,
     also={
         "reference": Implementation(_reference_forward),
-        "triton": Implementation(_triton_forward, _refuses_triton),
+        **triton_bodies(_triton_masks, backward=False),
         "cuda": Implementation(cuda_attention.forward, cuda_attention.refuses),
         **peers.ATTENTION,
     },
@@ -142,7 +121,7 @@ _backward_op = register(
     _backward_fake,
     also={
         "reference": Implementation(_whole_reference_backward),
-        "triton": Implementation(_triton_backward, _refuses_triton_backward),
+        **triton_bodies(_triton_masks, backward=True),
         "cuda": Implementation(cuda_attention.backward, cuda_attention.refuses_backward),
         **peers.ATTENTION_BACKWARD,
     },
@@ -174,7 +153,11 @@ def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor,
     """Inputs that tests and benches run every implementation on."""
     generator = torch.Generator(device).manual_seed(0)
     cases = []
-    for S, B, H, G, K in [(16, 2, 4, 4, 8), (33, 1, 4, 2, 16), (1, 2, 2, 1, 32), (5, 1, 2, 1, 64), (3, 1, 1, 1, 128)]:
+    sizes = [(16, 2, 4, 4, 8), (33, 1, 4, 2, 16), (1, 2, 2, 1, 32), (5, 1, 2, 1, 64), (3, 1, 1, 1, 128)]
+    if device != "cpu":
+        # Some bodies take these head sizes only, and go through their stages of loads several times.
+        sizes += [(777, 1, 4, 2, 64), (777, 1, 4, 2, 128)]
+    for S, B, H, G, K in sizes:
         shapes = [(S, B, H, K), (S, B, G, K), (S, B, G, K)]
         q, k, v = (torch.randn(*s, generator=generator, dtype=dtype, device=device) for s in shapes)
         cases.append((q, k, v))

@@ -29,7 +29,7 @@ def allowed_error(result: Tensor, *, rounded_to: torch.dtype | None = None) -> f
 
 
 def error_of(result: Tensor, exact: Tensor) -> float:
-    """The largest error, as a share of the largest finite value, or of 1; equal infinities are none. NaN where the result has one."""
+    """The largest error, as a share of the largest finite value, or of 1; equal infinities are none. NaN where there is one."""
     if not result.numel():
         return 0.0
     wide, exact = result.double(), exact.double()

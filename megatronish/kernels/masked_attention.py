@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatronish.kernels import dropout
-from megatronish.kernels.installed import refuses_triton
+from megatronish.kernels.attention_bodies import triton_bodies
 from megatronish.kernels.registry import Implementation, accumulate_dtype, register
 
 if TYPE_CHECKING:
@@ -233,32 +233,9 @@ def _masks(m: Mask) -> Masks:
     )
 
 
-def _triton_forward(query: Tensor, key: Tensor, value: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
-    from megatronish.kernels.triton import attention
-
+def _triton_masks(query: Tensor, *mask: Any) -> tuple[Masks, float]:
     m = Mask(*mask)
-    return attention.forward(query, key, value, _masks(m), m.scale)
-
-
-def _triton_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *mask: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    from megatronish.kernels.triton import attention
-
-    m = Mask(*mask)
-    return attention.backward(dout.contiguous(), query, key, value, out.contiguous(), lse, _masks(m), m.scale)
-
-
-def _refuses_triton(query: Tensor, key: Tensor, value: Tensor, *mask: Any) -> str | None:
-    if reason := refuses_triton(query):
-        return reason
-    from megatronish.kernels.triton import attention
-
-    return attention.refuses(query, key, value, _masks(Mask(*mask)))
-
-
-def _refuses_triton_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
-    return _refuses_triton(query, key, value, *others[2:])
+    return _masks(m), m.scale
 
 
 _MASK = (
@@ -269,7 +246,7 @@ _forward_op = register(
     f"masked_attention(Tensor query, Tensor key, Tensor value, {_MASK}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-    also={"reference": Implementation(_reference_forward), "triton": Implementation(_triton_forward, _refuses_triton)},
+    also={"reference": Implementation(_reference_forward), **triton_bodies(_triton_masks, backward=False)},
     choice="attention",
 )
 _backward_op = register(
@@ -277,7 +254,7 @@ _backward_op = register(
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
-    also={"reference": Implementation(_reference_backward), "triton": Implementation(_triton_backward, _refuses_triton_backward)},
+    also={"reference": Implementation(_reference_backward), **triton_bodies(_triton_masks, backward=True)},
     choice="attention",
 )
 

@@ -1,9 +1,10 @@
 """Compiles this package's Triton kernels for GPUs that this machine need not have, and says what they take of each.
 
-`python -m megatronish.kernels.triton.ahead [MODULE ...] [--json]` prints a line a kernel and architecture: registers a
-thread, bytes of spilled registers a thread, shared memory a block, matrix instructions (wgmma: Hopper, tcgen05: Blackwell). Exit
-code 1 where one spills more than its bound or takes more shared memory than the chip has. Every module of the package that has
-`ahead()` is compiled. Triton's own cache keeps what was compiled (TRITON_CACHE_DIR, ~/.triton/cache).
+`python -m megatronish.kernels.triton.ahead [MODULE ...] [--json]` prints a line a kernel and architecture: registers and
+bytes of spilled registers a thread, shared memory a block, matrix instructions (wgmma: Hopper, tcgen05: Blackwell) and
+FEATURES. Exit code 1 where one spills more than its bound, takes more shared memory than the chip has or lacks a feature
+that it is written for. Every module of the package that has `ahead()` is compiled. Triton's own cache keeps what was
+compiled (TRITON_CACHE_DIR, ~/.triton/cache).
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ SPILL_LIMIT = 32
 """Bytes a thread that a kernel may spill, unless its `Ahead` says otherwise: 8 registers of 255."""
 
 
+FEATURES = {
+    "tma": lambda ttgir, ptx: "cp.async.bulk.tensor" in ptx,
+    "warp-specialised": lambda ttgir, ptx: "ttg.warp_specialize(" in ttgir and "setmaxnreg" in ptx,
+}
+"""What stands in the compiled code: copies by the tensor memory accelerator; warps that load beside warps that compute, with other
+numbers of registers."""
+
+
 @dataclass(frozen=True)
 class Ahead:
     """A specialisation of a kernel."""
@@ -48,6 +57,8 @@ class Ahead:
     """A bound in place of SPILL_LIMIT, by architecture. Say why where it is set."""
     architectures: tuple[int, ...] = tuple(SHARED_LIMIT)
     """Where this specialisation is the one that runs."""
+    needs: tuple[str, ...] = ()
+    """Of FEATURES: what the compiler must have made of it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,8 @@ class Compiled:
     shared_bytes: int
     tensor_unit: str
     """wgmma, tcgen05, mma, or "" where no product is made."""
+    features: tuple[str, ...]
+    """Of FEATURES."""
     fault: str
     """Why this must not pass; "" if it may."""
 
@@ -97,8 +110,11 @@ def compile_ahead(ahead: Ahead, architecture: int) -> Compiled:
         fault = f"spills {spill_bytes} bytes a thread, above {spill_limit}"
     elif shared > SHARED_LIMIT[architecture]:
         fault = f"takes {shared} bytes of shared memory, above {SHARED_LIMIT[architecture]}"
+    features = tuple(name for name, is_in in FEATURES.items() if is_in(binary.asm["ttgir"], ptx))
+    if missing := [name for name in ahead.needs if name not in features]:
+        fault = fault or f"is not {missing[0]}"
     unit = next((unit for unit in ("tcgen05", "wgmma", "mma") if f"{unit}." in ptx), "")
-    return Compiled(ahead.name, architecture, registers, spill_bytes, shared, unit, fault)
+    return Compiled(ahead.name, architecture, registers, spill_bytes, shared, unit, features, fault)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -151,7 +167,7 @@ def main() -> int:
             print(json.dumps(asdict(row)), flush=True)
         else:
             numbers = f"{row.architecture:4} {row.registers:9} {row.spill_bytes:9} {row.shared_bytes:9}"
-            print(f"{row.name:44} {numbers}  {row.tensor_unit:8}{row.fault}", flush=True)
+            print(f"{row.name:44} {numbers}  {' '.join((row.tensor_unit, *row.features)):28} {row.fault}", flush=True)
     return 1 if faults else 0
 
 

@@ -8,7 +8,7 @@ keys, over all heads of its group): no atomics, the same bits every time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,25 +94,48 @@ def load_rows(ptr, index, size, stride, K: tl.constexpr, KP: tl.constexpr):
 
 
 @triton.jit
+def load_tile(
+    source, first, size, stride, sample, head, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """[ROWS, KP] from row `first` on, zeros outside: of the [size, K] matrix that a pointer points to, or, TMA, of that of one
+    sample and head in a descriptor of [samples, heads, size, K]."""
+    if TMA > 0:
+        return source.load([sample, head, first, 0]).reshape(ROWS, KP)
+    else:
+        return load_rows(source, first + tl.arange(0, ROWS), size, stride, K, KP)
+
+
+@triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, documents_ptr, slopes_ptr, samples_ptr,
     q_stride_s, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_g, v_stride_t, v_stride_b, v_stride_g,
     document_stride, S, T, H, repeats, scale_log2, first_head, key, threshold, kept_scale,
     K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, SCALE_LATE: tl.constexpr,
 ):  # fmt: skip
-    """One block of M queries of one head. out is contiguous [S, B, H, K], lse [B, H, S] float32, documents [T, B]."""
+    """One block of M queries of one head. out is contiguous [S, B, H, K], lse [B, H, S] float32, documents [T, B].
+
+    TMA: 0 pointers; 1 and 2 warps that load, through descriptors, and warps that compute; 1 two loops and a descriptor of Q, 2 one
+    loop, and Q's descriptor is made here: triton's pass for Hopper takes nothing else. SCALE_LATE: the scale, positive, goes into
+    the exponent (one fused multiply-add an element)."""
     # The longest rows first: of causal blocks the last do the most.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, head = tl.program_id(1) // H, tl.program_id(1) % H
     num_samples = tl.num_programs(1) // H
     group = head // repeats
     rows = block * M + tl.arange(0, M)
-    q_ptr += sample.to(tl.int64) * q_stride_b + head * q_stride_h
-    k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
-    v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
+    if TMA != 1:
+        q_ptr += sample.to(tl.int64) * q_stride_b + head * q_stride_h
+    if TMA == 0:
+        k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
+        v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
     documents_ptr += sample
-    q = load_rows(q_ptr, rows, S, q_stride_s, K, KP)
+    if TMA == 2:
+        made = tl.make_tensor_descriptor(q_ptr, [S, K], [q_stride_s.to(tl.int64), tl.constexpr(1)], [M, KP])
+        q = made.load([block * M, 0])
+    else:
+        q = load_tile(q_ptr, block * M, S, q_stride_s, sample, head, M, K, KP, TMA)
     slope = tl.load(slopes_ptr + head) * LOG2_E if HAS_SLOPES else 0.0
     number = tl.load(samples_ptr + sample) if HAS_DROPOUT else tl.zeros([], tl.int64)
     begin, end = 0, T
@@ -125,33 +148,34 @@ def forward_kernel(
             end = tl.minimum(T, tl.maximum(0, first_place + M + WINDOW - 1))
     # Of these blocks of keys every query sees all.
     whole = begin
-    if WINDOW == 0 and not HAS_DOCUMENTS:
+    if WINDOW == 0 and not HAS_DOCUMENTS and TMA != 2:
         whole = T // N * N
         if CAUSAL:
             whole = tl.minimum(whole, tl.maximum(0, first_place + 1) // N * N)
     largest = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     mixed = tl.zeros([M, KP], tl.float32)
-    ONLY_MASKED: tl.constexpr = WINDOW > 0 or HAS_DOCUMENTS
+    ONLY_MASKED: tl.constexpr = WINDOW > 0 or HAS_DOCUMENTS or TMA == 2
+    factor = scale_log2 if SCALE_LATE else 1.0
     for MASKED in tl.static_range(1 if ONLY_MASKED else 0, 2):
         start, stop = (whole, end) if MASKED else (begin, whole)
-        for column in range(start, stop, N):
+        for column in tl.range(start, stop, N, warp_specialize=TMA > 0):
             columns = column + tl.arange(0, N)
-            k = tl.trans(load_rows(k_ptr, columns, T, k_stride_t, K, KP))
+            k = tl.trans(load_tile(k_ptr, column, T, k_stride_t, sample, group, N, K, KP, TMA))
             scores = scores_kernel(
-                q, k, rows, columns, S, T, scale_log2, slope, documents_ptr, document_stride, CAUSAL, WINDOW, HAS_DOCUMENTS,
-                HAS_SLOPES, MASKED, False, PRECISION,
+                q, k, rows, columns, S, T, 1.0 if SCALE_LATE else scale_log2, slope, documents_ptr, document_stride, CAUSAL, WINDOW,
+                HAS_DOCUMENTS, HAS_SLOPES, MASKED, False, PRECISION,
             )  # fmt: skip
-            now = tl.maximum(largest, tl.max(scores, 1))
+            now = tl.maximum(largest, tl.max(scores, 1) * factor)
             # A query that has seen nothing yet: not inf - inf.
             base = tl.where(now == float("-inf"), 0.0, now)
-            weights = tl.exp2(scores - base[:, None])
+            weights = tl.exp2(scores * factor - base[:, None])
             shrink = tl.exp2(largest - base)
             total = total * shrink + tl.sum(weights, 1)
             if HAS_DROPOUT:
                 kept = kept_kernel(rows, columns, S, T, first_head + head, number, key, threshold, False)
                 weights = tl.where(kept, weights * kept_scale, 0.0)
-            v = load_rows(v_ptr, columns, T, v_stride_t, K, KP)
+            v = load_tile(v_ptr, column, T, v_stride_t, sample, group, N, K, KP, TMA)
             mixed = mixed * shrink[:, None]
             mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision=PRECISION)
             largest = now
@@ -182,7 +206,7 @@ def query_kernel(
     q_stride_s, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_g, v_stride_t, v_stride_b, v_stride_g,
     document_stride, S, T, H, repeats, scale, scale_log2, first_head, key, threshold, kept_scale,
     K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dQ of one block of M queries of one head. dout and dq are contiguous [S, B, H, K]."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -190,13 +214,14 @@ def query_kernel(
     num_samples = tl.num_programs(1) // H
     group = head // repeats
     rows = block * M + tl.arange(0, M)
-    q_ptr += sample.to(tl.int64) * q_stride_b + head * q_stride_h
-    k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
-    v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
+    if TMA == 0:
+        q_ptr += sample.to(tl.int64) * q_stride_b + head * q_stride_h
+        k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
+        v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
+        dout_ptr += (sample * H + head).to(tl.int64) * K
     documents_ptr += sample
-    offset = (sample * H + head).to(tl.int64) * K
-    q = load_rows(q_ptr, rows, S, q_stride_s, K, KP)
-    dout = load_rows(dout_ptr + offset, rows, S, num_samples * H * K, K, KP)
+    q = load_tile(q_ptr, block * M, S, q_stride_s, sample, head, M, K, KP, TMA)
+    dout = load_tile(dout_ptr, block * M, S, num_samples * H * K, sample, head, M, K, KP, TMA)
     at = (sample.to(tl.int64) * H + head) * S + rows
     lse = tl.load(lse_ptr + at, mask=rows < S, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
@@ -222,8 +247,8 @@ def query_kernel(
         start, stop = (whole, end) if MASKED else (begin, whole)
         for column in range(start, stop, N):
             columns = column + tl.arange(0, N)
-            k = load_rows(k_ptr, columns, T, k_stride_t, K, KP)
-            v = load_rows(v_ptr, columns, T, v_stride_t, K, KP)
+            k = load_tile(k_ptr, column, T, k_stride_t, sample, group, N, K, KP, TMA)
+            v = load_tile(v_ptr, column, T, v_stride_t, sample, group, N, K, KP, TMA)
             scores = scores_kernel(
                 q, tl.trans(k), rows, columns, S, T, scale_log2, slope, documents_ptr, document_stride, CAUSAL, WINDOW,
                 HAS_DOCUMENTS, HAS_SLOPES, MASKED, False, PRECISION,
@@ -246,7 +271,7 @@ def key_kernel(
     q_stride_s, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_g, v_stride_t, v_stride_b, v_stride_g,
     document_stride, S, T, H, repeats, scale, scale_log2, first_head, key, threshold, kept_scale,
     K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_DOCUMENTS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one block of N keys of one group, over the queries of all its heads. dk and dv are contiguous [T, B, G, K]."""
     G = H // repeats
@@ -254,11 +279,12 @@ def key_kernel(
     num_samples = tl.num_programs(1) // G
     first_column = tl.program_id(0) * N
     columns = first_column + tl.arange(0, N)
-    k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
-    v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
+    if TMA == 0:
+        k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
+        v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
     documents_ptr += sample
-    k = load_rows(k_ptr, columns, T, k_stride_t, K, KP)
-    v = load_rows(v_ptr, columns, T, v_stride_t, K, KP)
+    k = load_tile(k_ptr, first_column, T, k_stride_t, sample, group, N, K, KP, TMA)
+    v = load_tile(v_ptr, first_column, T, v_stride_t, sample, group, N, K, KP, TMA)
     number = tl.load(samples_ptr + sample) if HAS_DROPOUT else tl.zeros([], tl.int64)
     begin, end = 0, S
     first_place = first_column - (T - S)
@@ -279,15 +305,19 @@ def key_kernel(
     for turn in range(repeats):
         head = group * repeats + turn
         slope = tl.load(slopes_ptr + head) * LOG2_E if HAS_SLOPES else 0.0
-        q_of_head = q_ptr + sample.to(tl.int64) * q_stride_b + head * q_stride_h
-        dout_of_head = dout_ptr + (sample * H + head).to(tl.int64) * K
+        if TMA == 0:
+            q_of_head = q_ptr + sample.to(tl.int64) * q_stride_b + head * q_stride_h
+            dout_of_head = dout_ptr + (sample * H + head).to(tl.int64) * K
+        else:
+            q_of_head = q_ptr
+            dout_of_head = dout_ptr
         first = (sample.to(tl.int64) * H + head) * S
         for PART in tl.static_range(FIRST, LAST):
             start, stop = (begin, whole) if PART == 0 else (whole, end)
             for row in range(start, stop, M):
                 rows = row + tl.arange(0, M)
-                q = load_rows(q_of_head, rows, S, q_stride_s, K, KP)
-                dout = load_rows(dout_of_head, rows, S, num_samples * H * K, K, KP)
+                q = load_tile(q_of_head, row, S, q_stride_s, sample, head, M, K, KP, TMA)
+                dout = load_tile(dout_of_head, row, S, num_samples * H * K, sample, head, M, K, KP, TMA)
                 lse = tl.load(lse_ptr + first + rows, mask=rows < S, other=0.0)
                 lse = tl.where(lse == float("-inf"), 0.0, lse) * LOG2_E
                 delta = tl.load(delta_ptr + first + rows, mask=rows < S, other=0.0)
@@ -371,40 +401,62 @@ def _flags(K: int, dtype: torch.dtype, masks: Masks) -> dict[str, Any]:
 
 def forward(query_SBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, masks: Masks, scale: float) -> tuple[Tensor, Tensor]:
     """(output [S, B, H, K], log-sum-exp of the scaled scores [B, H, S] float32). A query that sees nothing gets 0 and -inf."""
-    S, B, H, K = query_SBHK.shape
-    out = query_SBHK.new_empty((S, B, H, K))
-    lse = query_SBHK.new_empty((B, H, S), dtype=torch.float32)
-    arguments, flags = _common(query_SBHK, key_TBGK, value_TBGK, masks)
-    tile = tiles_for(K, query_SBHK.dtype, masks=masks, architecture=architecture()).forward
+    tile = tiles_for(query_SBHK.shape[-1], query_SBHK.dtype, masks=masks, architecture=architecture()).forward
+    given = (query_SBHK, key_TBGK, value_TBGK)
+    return launch_forward(given, *given, masks, scale, tile=tile, tma=0)
+
+
+def launch_forward(
+    sources: tuple[Any, Any, Any], query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: float, *, tile: Tile, tma: int
+) -> tuple[Tensor, Tensor]:
+    """`forward`, reading Q, K and V from `sources`: the tensors or descriptors of them, as `tma` says (see `forward_kernel`)."""
+    S, B, H, K = query.shape
+    out = query.new_empty((S, B, H, K))
+    lse = query.new_empty((B, H, S), dtype=torch.float32)
+    arguments, flags = _common(query, key, value, masks)
     grid = (triton.cdiv(S, tile.queries), B * H)
     forward_kernel[grid](
-        query_SBHK, key_TBGK, value_TBGK, out, lse, scale_log2=scale * LOG2_E.value, M=tile.queries, N=tile.keys,
-        num_warps=tile.warps, num_stages=tile.stages, **arguments, **flags,
+        *sources, out, lse, scale_log2=scale * LOG2_E.value, M=tile.queries, N=tile.keys, TMA=tma,
+        SCALE_LATE=scales_late(masks, scale), num_warps=tile.warps, num_stages=tile.stages, **arguments, **flags,
     )  # fmt: skip
     return out, lse
+
+
+def scales_late(masks: Masks, scale: float) -> bool:
+    """The largest score is that of the largest product, and nothing is added to scaled scores."""
+    return scale > 0 and masks.slopes_H is None
 
 
 def backward(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, masks: Masks, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dquery, dkey, dvalue), contiguous, of contiguous dout and out."""
+    tiles = tiles_for(query.shape[-1], query.dtype, masks=masks, architecture=architecture())
+    return launch_backward(
+        lambda tile: (dout, query, key, value), dout, query, key, value, out, lse, masks, scale, tiles=tiles, tma=0
+    )
+
+
+def launch_backward(
+    sources: Callable[[Tile], tuple[Any, Any, Any, Any]], dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    lse: Tensor, masks: Masks, scale: float, *, tiles: Tiles, tma: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward`, reading dO, Q, K and V from what `sources` gives for a kernel's tile: the tensors, or descriptors of them."""
     S, B, H, K = query.shape
     T, _, G, _ = key.shape
     dq, dk, dv = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     delta = torch.empty_like(lse)
     arguments, flags = _common(query, key, value, masks)
     arguments |= {"scale": scale, "scale_log2": scale * LOG2_E.value}
-    padded = flags["KP"]
-    delta_kernel[(triton.cdiv(S, 64), B * H)](dout, out, delta, S, B, H, K=K, KP=padded, M=64)
-    tiles = tiles_for(K, query.dtype, masks=masks, architecture=architecture())
+    delta_kernel[(triton.cdiv(S, 64), B * H)](dout, out, delta, S, B, H, K=K, KP=flags["KP"], M=64)
     tile = tiles.dquery
     query_kernel[(triton.cdiv(S, tile.queries), B * H)](
-        dout, query, key, value, lse, delta, dq, M=tile.queries, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+        *sources(tile), lse, delta, dq, M=tile.queries, N=tile.keys, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,
         **arguments, **flags,
     )  # fmt: skip
     tile = tiles.dkey
     key_kernel[(triton.cdiv(T, tile.keys), B * G)](
-        dout, query, key, value, lse, delta, dk, dv, M=tile.queries, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+        *sources(tile), lse, delta, dk, dv, M=tile.queries, N=tile.keys, TMA=tma, num_warps=tile.warps, num_stages=tile.stages,
         **arguments, **flags,
     )  # fmt: skip
     return dq, dk, dv
@@ -466,23 +518,35 @@ def tiles_for(K: int, dtype: torch.dtype, *, masks: Masks, architecture: int) ->
 
 def ahead() -> Iterator[Ahead]:
     """The core case (causal, bfloat16) by head size, and all of the masks at once."""
-    types = dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr"), "*fp32:16")
-    types |= dict.fromkeys(("documents_ptr", "samples_ptr"), "*i64:16")
-    types |= dict.fromkeys(("scale", "scale_log2", "kept_scale"), "fp32") | dict.fromkeys(("key", "threshold"), "i64")
-    types |= dict.fromkeys(("S", "T"), "i32:16")
     plain, all_masks = Masks(), Masks(documents_TB=torch.empty(0), slopes_H=torch.empty(0), samples_B=torch.empty(0))
-    half = torch.bfloat16
-    for K, dtype, masks in [(64, half, plain), (128, half, plain), (256, half, plain), (128, half, all_masks)]:
-        flags = _flags(K, dtype, masks)
+    for K, masks in [(64, plain), (128, plain), (256, plain), (128, all_masks)]:
         case = f"attention K{K}{' all masks' if masks is all_masks else ''}"
-        tiles = {a: tiles_for(K, dtype, masks=masks, architecture=a) for a in _TILES}
-        for name, kernel in (("forward", forward_kernel), ("dquery", query_kernel), ("dkey", key_kernel)):
-            parameters = [p.name for p in kernel.params]
-            strides = {p: "i32:16" for p in parameters if "_stride_" in p}
-            given = signature(kernel, "bf16", **strides, **{p: t for p, t in types.items() if p in parameters})
+        tiles = {a: tiles_for(K, torch.bfloat16, masks=masks, architecture=a) for a in _TILES}
+        for name, kernel in KERNELS.items():
             by_tile: dict[Tile, list[int]] = {}
             for a, of_architecture in tiles.items():
                 by_tile.setdefault(getattr(of_architecture, name), []).append(a)
             for tile, architectures in by_tile.items():
-                constants = {**flags, "M": tile.queries, "N": tile.keys}
-                yield Ahead(f"{case} {name}", kernel, given, constants, tile.warps, tile.stages, architectures=tuple(architectures))
+                yield specialisation(f"{case} {name}", kernel, K, masks, tile, architectures=tuple(architectures))
+
+
+KERNELS = {"forward": forward_kernel, "dquery": query_kernel, "dkey": key_kernel}
+"""By the names of `Tiles`."""
+
+
+def specialisation(
+    name: str, kernel: Any, K: int, masks: Masks, tile: Tile, *, architectures: tuple[int, ...], tma: int = 0, **types: str
+) -> Ahead:
+    """A kernel of KERNELS on bfloat16, as a launch with a positive scale and such masks would specialise it."""
+    types |= dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr"), "*fp32:16")
+    types |= dict.fromkeys(("documents_ptr", "samples_ptr"), "*i64:16")
+    types |= dict.fromkeys(("scale", "scale_log2", "kept_scale"), "fp32") | dict.fromkeys(("key", "threshold"), "i64")
+    types |= dict.fromkeys(("S", "T"), "i32:16")
+    parameters = [p.name for p in kernel.params]
+    types |= {p: "i32:16" for p in parameters if "_stride_" in p}
+    given = signature(kernel, "bf16", **{p: t for p, t in types.items() if p in parameters})
+    constants = {**_flags(K, torch.bfloat16, masks), "M": tile.queries, "N": tile.keys, "TMA": tma}
+    if "SCALE_LATE" in parameters:
+        constants["SCALE_LATE"] = scales_late(masks, 1.0)
+    needs = () if tma == 0 else ("tma", "warp-specialised") if kernel is forward_kernel else ("tma",)
+    return Ahead(name, kernel, given, constants, tile.warps, tile.stages, architectures=architectures, needs=needs)
