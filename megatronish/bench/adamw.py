@@ -73,15 +73,15 @@ class Variant:
         return (self.weights if self.remainders is None else join_master(self.weights, self.remainders)).double()
 
 
-def _ours(weights: Tensor, gradients: Tensor, *, kind: str) -> Callable[[], None]:
-    """`plain`, `low` (with a bfloat16 copy), or `whole`."""
+def ours(weights: Tensor, gradients: Tensor, *, kind: str) -> Callable[[], None]:
+    """A step of ours: `plain`, `low` (with a bfloat16 copy), or `whole`."""
     moments = [torch.zeros_like(weights) for _ in range(2)]
     low = torch.empty_like(weights, dtype=torch.bfloat16) if kind != "plain" else None
-    steps = torch.zeros(())
+    steps, one = (torch.full((), value, device=weights.device) for value in (0.0, 1.0))
 
     def step() -> None:
         steps.add_(1)
-        factor = torch.ones(())
+        factor = one
         if kind == "whole":
             factor = clip_factor(square_sum([gradients]).sqrt(), CLIP_NORM).float()
         scalars = torch.stack((factor, steps))
@@ -90,19 +90,20 @@ def _ours(weights: Tensor, gradients: Tensor, *, kind: str) -> Callable[[], None
     return step
 
 
-def _ours_in_halves(parameters: Tensor, remainders: Tensor, gradients: Tensor) -> Callable[[], None]:
+def ours_in_halves(parameters: Tensor, remainders: Tensor, gradients: Tensor) -> Callable[[], None]:
+    """The same on bfloat16 parameters and moments."""
     moments = [torch.zeros_like(parameters) for _ in range(2)]
-    steps = torch.zeros(())
+    steps, one = (torch.full((), value, device=parameters.device) for value in (0.0, 1.0))
 
     def step() -> None:
         steps.add_(1)
-        scalars = torch.stack((torch.ones(()), steps))
+        scalars = torch.stack((one, steps))
         adamw_(remainders, gradients, *moments, scalars=scalars, low=parameters, numbers=NUMBERS)
 
     return step
 
 
-def _peer(make: Callable[[list[nn.Parameter]], Any], weights: Tensor, gradients: Tensor, *, whole: str = "") -> Callable[[], None]:
+def peer(make: Callable[[list[nn.Parameter]], Any], weights: Tensor, gradients: Tensor, *, whole: str = "") -> Callable[[], None]:
     """An optimizer of torch's kind; `whole`: with the rest of a step, as `torch` or `deepspeed` does it."""
     parameter = nn.Parameter(weights)
     parameter.data = weights  # the same memory
@@ -124,7 +125,8 @@ def _peer(make: Callable[[list[nn.Parameter]], Any], weights: Tensor, gradients:
     return step
 
 
-def _torch(**how: bool) -> Callable[[list[nn.Parameter]], Any]:
+def torch_adamw(**how: bool) -> Callable[[list[nn.Parameter]], Any]:
+    """torch's, with its choice of bodies."""
     n = NUMBERS
     return lambda given: torch.optim.AdamW(given, lr=n.lr, betas=(n.beta1, n.beta2), eps=n.eps, weight_decay=n.weight_decay, **how)
 
@@ -156,42 +158,45 @@ def variants(size: int) -> tuple[list[Variant], dict[str, str]]:
         rows.append(Variant(group, name, weights, gradients, make(weights), needed))
 
     deepspeed, reason = deepspeed_adam()
-    add("adamw", "megatronish", lambda w: _ours(w, gradients, kind="plain"), 28)
-    add("adamw", "torch fused", lambda w: _peer(_torch(fused=True), w, gradients), 28)
-    add("adamw", "torch foreach", lambda w: _peer(_torch(foreach=True), w, gradients), 28)
+    add("adamw", "megatronish", lambda w: ours(w, gradients, kind="plain"), 28)
+    add("adamw", "torch fused", lambda w: peer(torch_adamw(fused=True), w, gradients), 28)
+    add("adamw", "torch foreach", lambda w: peer(torch_adamw(foreach=True), w, gradients), 28)
     if deepspeed is not None:
-        add("adamw", "DeepSpeed CPUAdam", lambda w: _peer(deepspeed, w, gradients), 28)
-    add("adamw", "megatronish, bfloat16 copy", lambda w: _ours(w, gradients, kind="low"), 30)
+        add("adamw", "DeepSpeed CPUAdam", lambda w: peer(deepspeed, w, gradients), 28)
+    add("adamw", "megatronish, bfloat16 copy", lambda w: ours(w, gradients, kind="low"), 30)
     halves, remainders = torch.ones(size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.int16)
-    step = _ours_in_halves(halves, remainders, gradients)
+    step = ours_in_halves(halves, remainders, gradients)
     rows.append(Variant("adamw", "megatronish, 16-bit state", halves, gradients, step, 20, remainders))
-    add("whole step", "megatronish", lambda w: _ours(w, gradients, kind="whole"), 38)
+    add("whole step", "megatronish", lambda w: ours(w, gradients, kind="whole"), 38)
     if deepspeed is not None:
-        add("whole step", "DeepSpeed", lambda w: _peer(deepspeed, w, gradients, whole="deepspeed"), 38)
-    add("whole step", "torch", lambda w: _peer(_torch(fused=True), w, gradients, whole="torch"), 38)
+        add("whole step", "DeepSpeed", lambda w: peer(deepspeed, w, gradients, whole="deepspeed"), 38)
+    add("whole step", "torch", lambda w: peer(torch_adamw(fused=True), w, gradients, whole="torch"), 38)
     return rows, {} if deepspeed is not None else {"DeepSpeed": reason}
 
 
+def error_of(row: Variant) -> float:
+    """The largest error of a weight after three steps from a fixed state against float64, as a share of the largest way a weight
+    went. Overwrites the variant's weights and gradients."""
+    size, device = row.gradients.numel(), row.gradients.device
+    generator = torch.Generator(device).manual_seed(0)
+    row.weights.copy_(torch.randn(size, generator=generator, device=device))
+    steps = [torch.randn(size, generator=generator, device=device) * 0.01 for _ in range(3)]
+    begun = row.values()
+    exact, moments = begun.clone(), [torch.zeros_like(begun) for _ in range(2)]
+    for number, gradient in enumerate(steps, start=1):
+        row.gradients.copy_(gradient)
+        row.step()
+        factor = torch.ones_like(begun[0])
+        if row.group == "whole step":
+            factor = clip_factor(gradient.double().norm(), CLIP_NORM)
+        scalars = torch.stack((factor, torch.full_like(factor, number)))
+        reference(exact, gradient.double(), moments[0], moments[1], scalars, None, NUMBERS)
+    return float((row.values() - exact).abs().max() / (exact - begun).abs().max())
+
+
 def errors() -> dict[str, float]:
-    """By variant, the largest error of a weight after three steps against float64, as a share of the largest way a weight went."""
-    found = {}
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(CHECKED, generator=generator)
-    steps = [torch.randn(CHECKED, generator=generator) * 0.01 for _ in range(3)]
-    for row in variants(CHECKED)[0]:
-        row.weights.copy_(start)
-        begun = row.values()
-        exact, moments = begun.clone(), [torch.zeros(CHECKED, dtype=torch.float64) for _ in range(2)]
-        for number, gradient in enumerate(steps, start=1):
-            row.gradients.copy_(gradient)
-            row.step()
-            factor = torch.ones((), dtype=torch.float64)
-            if row.group == "whole step":
-                factor = clip_factor(gradient.double().norm(), CLIP_NORM)
-            scalars = torch.stack((factor, torch.tensor(number, dtype=torch.float64)))
-            reference(exact, gradient.double(), moments[0], moments[1], scalars, None, NUMBERS)
-        found[f"{row.group}: {row.name}"] = float((row.values() - exact).abs().max() / (exact - begun).abs().max())
-    return found
+    """`error_of` every variant."""
+    return {f"{row.group}: {row.name}": error_of(row) for row in variants(CHECKED)[0]}
 
 
 def allowed_error(name: str) -> float:

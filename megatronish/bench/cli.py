@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from megatronish.bench import tables
 from megatronish.json_file import writable, write_json
 
 app = typer.Typer(
@@ -28,6 +29,14 @@ def _writable(path: Path | None) -> Path | None:
 
 
 JsonFile = Annotated[Path | None, typer.Option("--json", callback=_writable, help="Write the numbers here as well.")]
+
+
+def _print(parts: tables.Parts) -> None:
+    from rich.console import Console
+
+    console = Console(width=132)
+    for part in parts:
+        console.print(part, highlight=False, markup=not isinstance(part, str))
 
 
 @app.command()
@@ -51,21 +60,10 @@ def preflight(
     with Progress(transient=True) as progress:
         task = progress.add_task("ranks", total=world * (2 if in_full else 1))
         result = measure(loaded, world, in_full=in_full, tell=lambda part: progress.advance(task, len(part.log_of)))
-    full = result.get("in_full")
-    ran, inferred, seconds = result["ranks_run"], result["ranks_inferred"], result["rehearse_seconds"]
-    typer.echo(
-        f"{result['config']}, {result['layers']} layers, {world:,} ranks: {ran:,} run + {inferred:,} inferred in {seconds:.1f} s, "
-        f"{result['calls']:,} calls matched in {result['match_seconds']:.1f} s"
-    )
-    if full is not None:
-        verdict = "equal" if full["equal"] else "NOT EQUAL"
-        typer.echo(
-            f"in full: {full['ranks_run']:,} ranks, {full['passes_run']:,} microbatch passes in {full['rehearse_seconds']:.1f} s; "
-            f"logs of all ranks {verdict}"
-        )
+    _print(tables.preflight(result))
     if json_file is not None:
         write_json(json_file, result)
-    if not result["sound"] or (full is not None and not full["equal"]):
+    if not result["sound"] or not result.get("in_full", {"equal": True})["equal"]:
         raise typer.Exit(1)
 
 
@@ -94,7 +92,7 @@ def step(
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=rounds)
         result = step_bench.measure(bench, lambda number: progress.update(task, completed=number + 1))
-    _print_step(result)
+    _print(tables.step(result))
     if json_file is not None:
         write_json(json_file, result)
 
@@ -135,7 +133,7 @@ def checkpoint(
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds of saves, then of loads", total=2 * rounds)
         result = checkpoint_bench.measure(bench, lambda number: progress.advance(task))
-    _print_checkpoint(result)
+    _print(tables.checkpoint(result))
     if json_file is not None:
         write_json(json_file, result)
 
@@ -249,7 +247,7 @@ def pipeline(
     with Progress(transient=True) as progress:
         task = progress.add_task("schedules", total=len(benches))
         results = bench.measure(benches, lambda number: progress.advance(task))
-    _print_pipeline(results)
+    _print(tables.pipeline(results))
     if json_file is not None:
         write_json(json_file, results)
 
@@ -269,10 +267,7 @@ def history(
     bench: Any = importlib.import_module("megatronish.bench.history")
     loaded = importlib.import_module("megatronish.config_loader").load_config(config, overrides or [], world_size=nproc)
     result = bench.measure(loaded, nproc, rounds)
-    typer.echo(
-        f"{result['microseconds_a_record']:.2f} us a record x {result['records_a_step']:.0f} records a step of "
-        f"{result['cpu_seconds_a_step']:.2f} CPU s on each of {nproc} ranks = {result['share_of_a_step']:.3%} ({result['device']})"
-    )
+    _print(tables.history(result))
     if json_file is not None:
         write_json(json_file, result)
 
@@ -298,73 +293,63 @@ def startup(
         task = progress.add_task("starts", total=rounds * len(bench.LAYOUTS))
         request = bench.StartupBench(str(config), tuple(overrides or ()), loaded, rounds, place.resolve())
         result = bench.measure(request, lambda: progress.advance(task))
-    _print_startup(result)
+    _print(tables.startup(result))
     if json_file is not None:
         write_json(json_file, result)
 
 
-def _print_startup(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+@app.command()
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help="An op; may be repeated. Default: all that the shapes have.")] = None,
+    impl: Annotated[list[str] | None, typer.Option(help="An implementation; may be repeated. Default: all that can run.")] = None,
+    shapes: Annotated[
+        str, typer.Option(help="small, small-sizes, gpt2-124m, llama3-8b, llama3-70b, gpt3-175b, sizes, or a file. [by device]")
+    ] = "",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32. [by device]")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="How often each implementation has its turn; medians are reported.")] = 7,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Begin no further case after so long.")] = None,
+    tutorial: Annotated[Path | None, typer.Option(help="Triton's 06-fused-attention.py, as a peer.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Write pictures to this folder, as SVG and PNG.")] = None,
+) -> None:
+    """Which kernel to use, and how far it is from the limit: every implementation of every op, here.
 
-    rows = result["ranks"]
-    title = f"seconds until the first step: the slowest rank (CPU), {result['device']}, {result['date']}"
-    table = Table("phase", *(f"{size} ranks" if size > 1 else "1 rank" for size in rows), "growth a rank", title=title)
-    growth = result["estimate"]["seconds_a_rank"]
-    for phase in next(iter(rows.values())):
-        cells = (f"{of_size[phase]['most']:.2f} ({of_size[phase]['cpu']:.2f})" for of_size in rows.values())
-        table.add_row(phase, *cells, f"{growth[phase] * 1000:.1f} ms" if phase in growth else "-")
-    totals = (f"{sum(row['most'] for row in of_size.values()):.2f}" for of_size in rows.values())
-    table.add_row("all", *totals, "")
-    console, estimate = Console(width=132), result["estimate"]
-    console.print(table)
-    console.print(
-        f"{result['width']:,} ranks with a core each, at most: {estimate['alone']:.1f} s by themselves + "
-        f"{estimate['together']:.1f} s together = {estimate['seconds']:.1f} s"
-    )
+    Each is compared with float64 first: one that is off is WRONG, and is not timed (exit code 1 if it is one of ours). Then all
+    take turns, beside a matrix product and a copy, which are the limits. On a GPU the default is bf16 at the shapes of llama3-8b,
+    on CPU fp32 at small ones. --shapes sizes gives lines over sizes in the pictures. A file of shapes is YAML, for each op its
+    sizes:
 
+    attention: [{S: 4096, B: 1, H: 32, G: 8, K: 128}]
 
-def _print_pipeline(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    rms_norm: {T: 8192, D: 4096}
 
-    first = results[0]
-    title = f"{first['num_stages']} stages, {first['num_microbatches']} microbatches, {first['device']}, {first['date']}"
-    table = Table("schedule", "idle, measured", "idle, formula", "measured / formula", "rounds", "step s", title=title)
-    for row in results:
-        name = row["schedule"] + (f", {row['num_chunks']} chunks" if row["num_chunks"] > 1 else "")
-        spread = " ".join(f"{value:.2%}" for value in row["idle_of_all_rounds"])
-        idle = (f"{row[key]:.2%}" for key in ("idle_measured", "idle_by_formula"))
-        table.add_row(name, *idle, f"{row['ratio']:.3f}", spread, f"{row['step_seconds']:.2f}")
-    Console(width=132).print(table)
+    Example: megatronish bench kernels --op attention --op rms_norm --plot plots --json kernels.json
+    """
+    from rich.progress import Progress
 
-
-def _print_checkpoint(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"{result['gib']:.2f} GiB on {result['num_ranks']} processes, {result['device']}, {result['date']}"
-    table = Table("variant", "median s", "GiB/s", "all s", title=title)
-    for name, seconds in result["seconds"].items():
-        spread = " ".join(f"{value:.2f}" for value in result["all_seconds"][name])
-        table.add_row(name, f"{seconds:.3f}", f"{result['gib_per_second'][name]:.2f}", spread)
-    console = Console(width=120)
-    console.print(table)
-    for name, ratio in result["ratios"].items():
-        console.print(f"{name}: {ratio:.2f}")
-    console.print(f"medians of {result['rounds']} interleaved rounds; load average at the end {result['load_average']:.1f}")
+    bench: Any = importlib.import_module("megatronish.bench.kernels")
+    asked = bench.KernelsBench(tuple(op or ()), tuple(impl or ()), shapes, dtype, rounds, tutorial=tutorial)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("cases", total=None)
+        result = bench.measure(
+            asked, lambda name, done, total: progress.update(task, description=name, completed=done, total=total), seconds=seconds
+        )
+    _print([bench.render(result), *bench.summary(result)])
+    if plot is not None:
+        _print(["wrote " + ", ".join(str(file) for file in bench.plot(result, plot))])
+    if json_file is not None:
+        write_json(json_file, result)
+    if result["wrong"]:
+        raise typer.Exit(1)
 
 
-def _print_step(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+@app.command()
+def show(
+    file: Annotated[Path | None, typer.Argument(help="A result, by path or by its name in the list.")] = None,
+) -> None:
+    """Print a result that was kept; without FILE, list those that come with the package.
 
-    title = f"{result['dtype']}, {result['tokens_per_step']} tokens a step, {result['device']}, {result['date']}"
-    table = Table("variant", "tokens/s", "CPU s a step", title=title)
-    for name, rate in result["tokens_per_second"].items():
-        label = f"{name}, {result['layout']}" if name == "megatronish" else f"{name}, {result['peer_threads']} threads"
-        table.add_row(label, f"{rate:,.0f}", f"{result['cpu_seconds_per_step'][name]:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(f"ratio {result['ratio']:.3f} (median of {result['rounds']} interleaved rounds)")
-    console.print("a step: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result["phase_seconds"].items()))
+    Example: megatronish bench show adamw-cpu-2026-11-27.json
+    """
+    module: Any = importlib.import_module("megatronish.bench.show")
+    _print([module.listing()] if file is None else module.show(file))

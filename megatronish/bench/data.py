@@ -311,6 +311,8 @@ def render(result: dict[str, Any]) -> Table:
         "tokenize": (f"text to .bin and .idx, {result['workers']} workers", "MB/s", 1e-6),
     }
     for part, (what, unit, scale) in rows.items():
+        if part not in result["median"]:  # a result of an earlier version
+            continue
         median = result["median"][part]
         cells = [f"{median[name] * scale:,.1f} {unit}" for name in ("megatronish", "megatron-core")]
         limit = [f"{median[LIMIT] * scale:,.1f} {unit}"] if LIMIT in median else []

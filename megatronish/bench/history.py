@@ -74,6 +74,7 @@ def measure(config: Config, num_ranks: int, rounds: int) -> dict[str, Any]:
     records = max(row[1] for row in steps[-1])
     each = microseconds_a_record(rounds)
     return {
+        "bench": "history",
         "microseconds_a_record": each,
         "records_a_step": records,
         "cpu_seconds_a_step": seconds,

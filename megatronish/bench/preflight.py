@@ -32,6 +32,7 @@ def measure(config: Config, world_size: int, *, in_full: bool, tell: Tell | None
     started = time.perf_counter()
     verdict = check(usual.job, "cuda")
     result: dict[str, Any] = {
+        "bench": "preflight",
         "config": config.name,
         "layers": config.model.num_layers,
         "world_size": world_size,

@@ -56,6 +56,7 @@ def measure(bench: StartupBench, on_run: Callable[[], None] = lambda: None) -> d
             on_run()
     rows = {size: {phase: _row(of_size, phase) for phase in of_size[0][0]} for size, of_size in runs.items()}
     return {
+        "bench": "startup",
         "ranks": rows,
         "estimate": estimate(rows),
         "width": WIDTH,

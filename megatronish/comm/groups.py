@@ -51,6 +51,15 @@ def single_process_group(axis: str = "world", rank: int = 0) -> Group:
     return Group(axis, (rank,), 0)
 
 
+def lone_communicator(device_kind: str) -> dist.ProcessGroup:
+    """torch's group of this process alone, for what insists on one."""
+    if not dist.is_initialized():
+        dist.init_process_group(backend_of(device_kind), store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
 def new_group(axis: str, ranks: Sequence[int], rank: int, *, device_kind: str, timeout: datetime.timedelta | None = None) -> Group:
     """Create the communicator of `ranks`. Only its members call this (so a rank belongs to O(axes) groups, never O(world)). Its
     collectives give up after `timeout`; when not given after what torch has for the backend: 10 minutes, 30 for gloo."""

@@ -6,7 +6,6 @@ roundings; the fastest of the admitted, forward and backward together, is chosen
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +15,10 @@ import torch
 from torch import Tensor
 
 from megatronish.comm import streams
-from megatronish.kernels.registry import Key, Refused, accumulate_dtype, bodies_of, choosing, key_of
+from megatronish.kernels.compare import allowed_error, error_of, results_and_gradients, widened
+from megatronish.kernels.registry import Key, Refused, bodies_of, choosing, key_of
 from megatronish.kernels.table import Kernel
 
-ROUNDINGS, LENGTH = 8, 4096
-"""Of any op's results: roundings to the inputs' dtype (six are the most that tests/kernels counts) and the longest sum in the
-accumulation dtype, whose error grows as its root. A wrong formula is off by far more."""
 ROUNDS = 7
 
 
@@ -148,35 +145,22 @@ def why_not(kernel: Kernel, name: str, dtype: torch.dtype, device: str) -> str |
             reason = error.reason
             continue
         except Exception as error:
-            return _first_line(error)
-        wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+            return first_line(error)
+        wide = tuple(widened(a) if isinstance(a, Tensor) else a for a in arguments)
         for a, b in zip(got, _run(kernel, kernel.reference, wide, None), strict=True):
-            eps, wide_eps = torch.finfo(a.dtype).eps, torch.finfo(accumulate_dtype(a)).eps
-            limit = ROUNDINGS * eps / 2 + math.sqrt(LENGTH) * wide_eps
-            error_of = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1.0)) if a.numel() else 0.0
-            if not error_of <= limit:
-                return f"off by {error_of:.1e} on a small case, allowed {limit:.1e}"
+            error_here, limit = error_of(a, b), allowed_error(a)
+            if not error_here <= limit:
+                return f"off by {error_here:.1e} on a small case, allowed {limit:.1e}"
         matched += 1
     return None if matched else reason
 
 
 def _run(kernel: Kernel, function: Callable[..., Any], arguments: tuple[Any, ...], name: str | None) -> list[Tensor]:
-    """Results and gradients, for upstream gradients of fixed values."""
-    given = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
-    leaves = [given[i].requires_grad_() for i in kernel.differentiable]
     with choosing({} if name is None else {kernel.chosen_as: name}):
-        returned = function(*given)
-        results = [returned] if isinstance(returned, Tensor) else list(returned or ())
-        results += [given[i] for i in kernel.mutated if given[i] is not None]
-        if not leaves:
-            return results
-        upstream = [_ramp(r) for r in results]
-        gradients = torch.autograd.grad(results, leaves, upstream)
-    return [r.detach() for r in (*results, *gradients)]
-
-
-def _ramp(like: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, like.numel(), dtype=torch.float64, device=like.device).view(like.shape).to(like.dtype)
+        results, gradients = results_and_gradients(
+            function, arguments, differentiable=kernel.differentiable, mutated=kernel.mutated
+        )
+    return results + gradients
 
 
 def _attempt(kernel: Kernel, name: str, arguments: tuple[Any, ...]) -> str | None:
@@ -186,7 +170,7 @@ def _attempt(kernel: Kernel, name: str, arguments: tuple[Any, ...]) -> str | Non
     except Refused as error:
         return error.reason
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -196,5 +180,6 @@ def _seconds(kernel: Kernel, name: str, arguments: tuple[Any, ...], device: torc
     return streams.wall_time(device) - started
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What it is, for one line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"

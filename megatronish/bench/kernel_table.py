@@ -1,0 +1,121 @@
+"""The result of `bench kernels` for people: a table, what is missing, and which bodies to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from megatronish.bench.kernel_shapes import describe
+
+Row = dict[str, Any]
+
+
+def groups(result: dict[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """(op, dims, pass) in words, and its rows."""
+    for (op, dims, which), rows in groupby(result["rows"], key=lambda row: (row["op"], describe(row["dims"]), row["pass"])):
+        yield f"{op} {which}, {dims}", list(rows)
+
+
+def render(result: dict[str, Any]) -> Table:
+    """For people: of each op and size the fastest first."""
+    limits = result["limits"]
+    rates = ", ".join(
+        f"{name} {limits[key]:,.{digits}f} {unit}"
+        for name, key, digits, unit in (
+            ("matrix products", "matrix_tflops", 2, "TFLOP/s"),
+            ("copy", "copy_gigabytes_per_second", 1, "GB/s"),
+        )
+        if limits[key] is not None
+    )
+    title = (
+        f"{result['device']}, {result['dtype']}, shapes {result['shapes']}, {result['date']}; limits: {rates}; "
+        f"medians of {result['rounds']} interleaved rounds; error in units of what is allowed"
+    )
+    table = Table("implementation", title=title, title_justify="left", caption=_caption(result), caption_justify="left")
+    for column in ("ms", "TFLOP/s", "GB/s", "of limit", "torch / it", "extra MiB", "error"):
+        table.add_column(column, justify="right")
+    for name, rows in groups(result):
+        shown = [row for row in rows if row["milliseconds"] is not None or row["status"] == "WRONG"]
+        if not shown:
+            continue
+        bound = shown[0]["bound"]
+        table.add_section()
+        table.add_row(f"[bold]{name}[/bold]" + (f" ({bound} bound)" if bound else ""))
+        for row in sorted(shown, key=lambda row: row["milliseconds"] or float("inf")):
+            table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    error = "-" if row["error"] is None else f"{row['error']:.2g}"
+    if row["status"] == "WRONG":
+        return [f"  {row['implementation']}", "WRONG", *["-"] * 5, error if row["error"] is not None else row["reason"]]
+    extra, torch = row["extra_bytes"], row["times_torch"]
+    return [
+        f"  {row['implementation']}" + (" (limit)" if row["kind"] == "limit" else ""),
+        f"{row['milliseconds']:.3f}",
+        f"{row['tflops']:.3f}" if row["tflops"] < 10 else f"{row['tflops']:.0f}",
+        f"{row['gigabytes_per_second']:,.1f}",
+        f"{row['fraction_of_limit']:.2f}",
+        "-" if torch is None else f"{torch:.2f}",
+        "n/a" if extra is None else f"{extra / 2**20:,.0f}",
+        error,
+    ]
+
+
+def _caption(result: dict[str, Any]) -> str:
+    """What is not in the table, and why."""
+    lines = []
+    if result["device_kind"] == "cpu":
+        lines.append("on CPU nothing empties the caches: what fits into them may be above the rate of a copy")
+    for item in result["missing"]:
+        lines.append(f"not run: {item['implementation']}: {item['reason']} ({', '.join(item['ops'])})")
+    if result["asked"]:
+        lines.append(f"not run unless --impl names them: {', '.join(result['asked'])}")
+    if result["left_out"]:
+        lines.append(f"out of time, left out: {'; '.join(result['left_out'])}")
+    return "\n".join(lines).replace("[", "\\[")
+
+
+def fastest(result: dict[str, Any]) -> dict[str, str]:
+    """By op, our body with the least time over all its sizes and passes, of those that did them all."""
+    found = {}
+    for op, rows in groupby(result["rows"], key=lambda row: row["op"]):
+        totals: dict[str, float] = {}
+        done: dict[str, int] = {}
+        all_rows = [row for row in rows if row["kind"] == "body"]
+        for row in all_rows:
+            if row["milliseconds"] is not None:
+                totals[row["implementation"]] = totals.get(row["implementation"], 0.0) + row["milliseconds"]
+                done[row["implementation"]] = done.get(row["implementation"], 0) + 1
+        most = max(done.values(), default=0)
+        whole = {name: total for name, total in totals.items() if done[name] == most}
+        if whole:
+            found[op] = min(whole, key=lambda name: whole[name])
+    return found
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """Lines that answer which kernel to use; and what was wrong."""
+    found = fastest(result)
+    lines = ["fastest body of each op: " + ", ".join(f"{op} {name}" for op, name in found.items())] if found else []
+    chosen = {_key(op): name for op, name in reversed(found.items())}
+    if chosen and result["device_kind"] == "cuda":
+        settings = " ".join(f"kernels.{key}={name}" for key, name in sorted(chosen.items()))
+        lines.append(f"`auto`, the default, measures each run's own sizes; to force these: {settings}")
+    return lines + [f"WRONG: {name}" for name in result["wrong"]]
+
+
+def _key(op: str) -> str:
+    """The key of a config's `kernels`."""
+    return (
+        op.partition("_")[0]
+        if op.startswith(("attention", "adamw"))
+        else {
+            "optimizer_step": "adamw",
+            "linear_cross_entropy": "cross_entropy",
+        }.get(op, op)
+    )
