@@ -18,7 +18,7 @@ from megatronish.comm.host import read_values
 from megatronish.config import Config
 from megatronish.json_file import write_json
 from megatronish.kernel_cases import cases
-from megatronish.kernels.dispatch import Case, Decision, as_keys, decide, read_decisions
+from megatronish.kernels.dispatch import UNMEASURED, Case, Decision, as_keys, decide, read_decisions
 from megatronish.kernels.registry import bodies_of, choose
 from megatronish.parallel.mesh import Mesh
 
@@ -40,8 +40,12 @@ def choose_kernels(config: Config, mesh: Mesh, *, before: Sequence[Decision], te
     if mesh.device_kind != "cpu":
         decisions = _agree(mesh, wanted, decisions)
     choose(forced={} if is_rehearsal else forced, measured=as_keys(decisions, mesh.device.type))
+    unmeasured = [d for d in decisions if d.why == UNMEASURED]
+    if unmeasured:
+        tell(f"kernels: {', '.join(f'{d.choice} {d.implementation}' for d in unmeasured)} ({UNMEASURED})")
     for decision in decisions:
-        tell(f"kernels: {decision.describe()}")
+        if decision not in unmeasured:
+            tell(f"kernels: {decision.describe()}")
     return decisions
 
 

@@ -199,6 +199,31 @@ def adamw(
 
 
 @app.command()
+def collectives(
+    layout: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] KEY=VALUE", help="Such as parallel.tensor=2")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many local processes, one a rank.")] = None,
+    min_kib: Annotated[float, typer.Option(min=0.001, help="Smallest message.")] = 4,
+    max_kib: Annotated[float | None, typer.Option(help="Largest message. [default: 256 MiB on GPUs, 4 MiB on CPU]")] = None,
+    factor: Annotated[int, typer.Option(min=2, help="From one size to the next.")] = 4,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16; both by default.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each case runs; medians are reported.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0, help="No round begins after this time, but for the first.")] = 120,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Rank 0 writes the numbers here as well.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Rank 0 writes a picture to this folder, as SVG and PNG.")] = None,
+) -> None:
+    """All-reduce, reduce-scatter, all-gather and send/receive along each axis of a layout, in algorithm and bus bandwidth, checked
+    first: with --nproc, or as a rank under torchrun, srun, mpirun or deepspeed.
+
+    Example: megatronish bench collectives parallel.tensor=2 --nproc 4
+    """
+    run: Any = importlib.import_module("megatronish.bench.collectives_run")
+    sizes = (round(min_kib * 1024), None if max_kib is None else round(max_kib * 1024))
+    dtypes = tuple(dtype or ("float32", "bfloat16"))
+    options = run.Options(tuple(layout or ()), *sizes, factor, dtypes, rounds, seconds, json_file, plot)
+    raise typer.Exit(run.main(options, nproc))
+
+
+@app.command()
 def pipeline(
     stages: Annotated[int, typer.Option(min=2, max=64, help="Stages, one local process each.")] = 4,
     microbatches: Annotated[int, typer.Option(min=1, help="Microbatches of a step.")] = 8,

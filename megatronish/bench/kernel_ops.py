@@ -27,6 +27,7 @@ from megatronish.bench.kernel_shapes import Dims
 from megatronish.kernels import cross_entropy, linear, rotary
 from megatronish.kernels.linear_cross_entropy import Gradients, linear_cross_entropy
 from megatronish.kernels.registry import accumulate_dtype, bodies_of
+from megatronish.kernels.rotary_tables import rotary_tables
 from megatronish.kernels.table import KERNELS
 
 
@@ -197,8 +198,8 @@ def _norm(parameters: int) -> Callable[[Dims, torch.dtype, str], tuple[Any, ...]
 def _packed(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     S, B, H, G, K = (dims[name] for name in ("S", "B", "H", "G", "K"))
     positions = torch.arange(S, device=device)[:, None].expand(S, B)
-    tables = rotary.rotary_tables(positions, head_size=K, theta=10000.0, dtype=dtype)
-    return (_draw(device, dtype)(S, B, G, H // G + 2, K), *tables)
+    tables = rotary_tables(positions, size=K, theta=10000.0, dtype=dtype)
+    return (_draw(device, dtype)(S, B, G, H // G + 2, K), *tables, False)
 
 
 def _packed_elements(dims: Dims) -> int:

@@ -95,6 +95,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def nccl_version(device: torch.device) -> str | None:
+    """Of the NCCL that torch was built with; None on CPU."""
+    return ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else None
+
+
 def copy_to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Host to device without making the host wait (pinned, on the current stream). On CPU the tensor itself."""
     if device.type == "cpu":

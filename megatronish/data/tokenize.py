@@ -137,7 +137,7 @@ def tokenize(
             raise
 
 
-def _require_same_vocabulary(out: Path, tokenizer: Tokenizer) -> None:
+def _require_same_vocabulary(out: str | os.PathLike[str], tokenizer: Tokenizer) -> None:
     """UserError if a set of another vocabulary stands there: runs may read it."""
     try:
         before = json.loads(Path(f"{out}.json").read_text())["vocabulary"]

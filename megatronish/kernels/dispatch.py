@@ -20,6 +20,7 @@ from megatronish.kernels.registry import Key, Refused, bodies_of, choosing, key_
 from megatronish.kernels.table import Kernel
 
 ROUNDS = 7
+UNMEASURED = "on CPU nothing is measured"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def decide(
             implementation, why = forced[choice], f"kernels.{choice} says so"
             _require(case, implementation, str(device), deterministic=deterministic)
         elif device.type == "cpu":
-            implementation, why = next(iter(bodies)), "on CPU nothing is measured"
+            implementation, why = next(iter(bodies)), UNMEASURED
         elif earlier is not None and earlier.implementation in bodies:
             implementation, why = earlier.implementation, earlier.why
         else:
