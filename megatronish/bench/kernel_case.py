@@ -25,6 +25,7 @@ _CHECKED = {"cuda": 1 << 27, "cpu": 1 << 22}
 """Elements of the widest float64 tensor of a check."""
 _TURN = {"cuda": 0.02, "cpu": 0.01}
 """Seconds of a contender in a round: as many calls as fit, one at least, _MOST_CALLS at most."""
+_LIMIT_CALLS = {"cuda": 3, "cpu": 1}
 _MOST_CALLS = 50
 _PATIENCE = 3.0
 """Seconds of all rounds of one contender: a slow one has fewer rounds, one at least."""
@@ -180,7 +181,7 @@ class _Turn:
     call: Callable[[], Any]
     before: Callable[[], Any]
     forced: Mapping[str, str]
-    repeats: int = 3
+    repeats: int = 1
     rounds: int = sys.maxsize
     extra_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
@@ -242,7 +243,8 @@ def _timed(
             now[contender.name] = replace(now[contender.name], status="refused", reason=refusal.reason)
         except Exception as failure:  # out of memory, more often than not
             now[contender.name] = replace(now[contender.name], status="failed", reason=first_line(failure))
-    bounds = [_Turn(limits.matrix, _nothing, {}), _Turn(limits.copy, _nothing, {})] if turns else []
+    repeats = _LIMIT_CALLS[case.device.type]
+    bounds = [_Turn(act, _nothing, {}, repeats) for act in (limits.matrix, limits.copy)] if turns else []
     for turn in bounds:
         watch.seconds(turn.call, 1)
     order = [*bounds, *turns.values()]

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatronish.packages import find_package
+from tests.conftest import TABLE
 
 pytestmark = pytest.mark.skipif(find_package("triton") is None, reason="triton is not installed")
 PACKAGE = Path(__file__).resolve().parents[2] / "megatronish/kernels/triton"
@@ -24,11 +26,16 @@ def ahead(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_kernels_compile_for_every_architecture_within_their_bounds(module: str) -> None:
+def test_kernels_compile_for_every_architecture_within_their_bounds(
+    module: str, record_property: Callable[[str, object], None]
+) -> None:
     done = ahead(module, "--json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [f"triton/{module}.py: registers / bytes spilled / bytes of shared memory"]
     for row in rows:
-        print(f"{row['name']:40} sm_{row['architecture']:<4} {row['registers']:4} {row['spill_bytes']:4} {row['shared_bytes']:7}")
+        used = f"{row['registers']:3} /{row['spill_bytes']:3} /{row['shared_bytes']:7}"
+        lines.append(f"  {row['name']:60} sm_{row['architecture']:<4} {used}")
+    record_property(TABLE, "\n".join(lines))
     assert done.returncode == 0, [row for row in rows if row["fault"]] or done.stderr
     assert {row["architecture"] for row in rows} == ({90, 100} if module == "attention_tma" else {80, 90, 100})
     if module == "attention_tma":
