@@ -13,6 +13,8 @@ from megatronish.kernels.registry import Implementation
 
 MODULES = {"triton": "attention", "triton-tma": "attention_tma"}
 """Module of kernels/triton by name of the body."""
+ONLY_BY_NAME = ("attention_tma",)
+"""Warps that wait for each other: until they have run on a GPU, `auto` does not try them."""
 
 
 def triton_bodies(masks_of: Callable[..., tuple[Any, float]], *, backward: bool) -> dict[str, Implementation]:
@@ -30,7 +32,7 @@ def _forward(module: str, masks_of: Callable[..., tuple[Any, float]]) -> Impleme
         got: tuple[Tensor, Tensor] = _load(module).forward(query, key, value, *masks_of(query, *mask))
         return got
 
-    return Implementation(run, _refuses(module, masks_of))
+    return Implementation(run, _refuses(module, masks_of), only_by_name=module in ONLY_BY_NAME)
 
 
 def _backward(module: str, masks_of: Callable[..., tuple[Any, float]]) -> Implementation:
@@ -42,7 +44,11 @@ def _backward(module: str, masks_of: Callable[..., tuple[Any, float]]) -> Implem
         return got
 
     of_forward = _refuses(module, masks_of)
-    return Implementation(run, lambda dout, query, key, value, out, lse, *mask: of_forward(query, key, value, *mask))
+
+    def refuses(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *mask: Any) -> str | None:
+        return of_forward(query, key, value, *mask)
+
+    return Implementation(run, refuses, only_by_name=module in ONLY_BY_NAME)
 
 
 def _refuses(module: str, masks_of: Callable[..., tuple[Any, float]]) -> Callable[..., str | None]:

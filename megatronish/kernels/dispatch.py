@@ -115,8 +115,10 @@ def _fastest(case: Case, *, device: torch.device, deterministic: bool) -> tuple[
     for name, bodies in found.items():
         if name == "reference":
             continue
-        if deterministic and not all(body.is_deterministic for body in bodies):
-            reason: str | None = "not deterministic"
+        if any(body.only_by_name for body in bodies):
+            reason: str | None = "runs only where it is named"
+        elif deterministic and not all(body.is_deterministic for body in bodies):
+            reason = "not deterministic"
         else:
             reason = why_not(case.kernel, name, case.dtype, str(device)) or _attempt(case.kernel, name, arguments)
         if reason is None:

@@ -39,6 +39,8 @@ class Implementation:
     and must not look into tensors."""
     is_deterministic: bool = True
     """The same bits every time, on every device."""
+    only_by_name: bool = False
+    """`auto` leaves it alone: it has not yet run on a device, and what waits for ever there would hold up every run."""
 
 
 class Refused(UserError):

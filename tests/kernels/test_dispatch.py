@@ -46,6 +46,7 @@ register(
         "cuda": Implementation(_wrong),
         "liger": Implementation(_raises),
         "native": Implementation(lambda x: 2 * x, is_deterministic=False),
+        "triton-tma": Implementation(lambda x: 2 * x, only_by_name=True),
     },
 )
 TWICE = Kernel(
@@ -97,7 +98,8 @@ def test_the_fastest_that_matches_the_reference_is_taken_and_the_others_are_name
     decision = decided({"torch": 3e-3, "triton": 1e-3, "native": 2e-3})
     assert decision.implementation == "triton"
     assert re.search(
-        r"triton 1.000 ms, native 2.000 ms, torch 3.000 ms; cuda: off by 5.0e-04.*liger: RuntimeError: no kernel image$",
+        r"triton 1.000 ms, native 2.000 ms, torch 3.000 ms; cuda: off by 5.0e-04.*liger: RuntimeError: no kernel image; "
+        r".*triton-tma: runs only where it is named$",
         decision.why,
     )
     assert decided({"torch": 1e-3, "triton": 2e-3, "native": 2e-3}).implementation == "torch"
