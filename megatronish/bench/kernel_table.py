@@ -57,7 +57,7 @@ def _cells(row: Row) -> list[str]:
     return [
         f"  {row['implementation']}" + (" (limit)" if row["kind"] == "limit" else ""),
         f"{row['milliseconds']:.3f}",
-        f"{row['tflops']:.3f}" if row["tflops"] < 10 else f"{row['tflops']:.0f}",
+        f"{row['tflops']:.3g}",
         f"{row['gigabytes_per_second']:,.1f}",
         f"{row['fraction_of_limit']:.2f}",
         "-" if torch is None else f"{torch:.2f}",
