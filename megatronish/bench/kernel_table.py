@@ -57,7 +57,7 @@ def _cells(row: Row) -> list[str]:
     return [
         f"  {row['implementation']}" + (" (limit)" if row["kind"] == "limit" else ""),
         f"{row['milliseconds']:.3f}",
-        f"{row['tflops']:.3f}" if row["tflops"] < 10 else f"{row['tflops']:.0f}",
+        f"{row['tflops']:.3g}",
         f"{row['gigabytes_per_second']:,.1f}",
         f"{row['fraction_of_limit']:.2f}",
         "-" if torch is None else f"{torch:.2f}",
@@ -70,7 +70,9 @@ def _caption(result: dict[str, Any]) -> str:
     """What is not in the table, and why."""
     lines = []
     if result["device_kind"] == "cpu":
-        lines.append("on CPU nothing empties the caches: what fits into them may be above the rate of a copy")
+        lines.append(
+            f"on CPU nothing empties the caches: what fits into them may be above the rate of a copy; load {result['load']:.1f}"
+        )
     for item in result["missing"]:
         lines.append(f"not run: {item['implementation']}: {item['reason']} ({', '.join(item['ops'])})")
     if result["asked"]:

@@ -145,10 +145,13 @@ def test_every_op_has_a_case_of_every_preset_and_counts_the_bytes_that_go_in_and
     shapes = shapes_of(name)
     assert list(shapes) == list(DIMENSIONS) == list(OPS)
     for op in OPS.values():
+        names = [contender.name for contender in op.contenders()]
+        assert len(names) == len(set(names))
         for dims in shapes[op.name]:
             assert tuple(dims) == DIMENSIONS[op.name]
             small = op.small(dims, 1 << 22)
             assert op.widest(small) <= 1 << 22 and all(1 <= small[name] <= dims[name] for name in dims)
+            assert all(small[name] >= min(dims[name], 32) for name in ("S", "T", "V", "D") if name in dims)
             assert small.keys() == dims.keys() and small.get("H", 1) % small.get("G", 1) == 0
             with FakeTensorMode():
                 arguments = op.make(dims, torch.bfloat16, "cpu")
