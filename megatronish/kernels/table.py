@@ -133,12 +133,19 @@ KERNELS: dict[str, Kernel] = {
             linear.row_gradient_sample_inputs,
             mutated=(0,),
         ),
-        Kernel("cross_entropy_parts", cross_entropy.cross_entropy_parts, cross_entropy.reference, cross_entropy.sample_inputs),
+        Kernel(
+            "cross_entropy_parts",
+            cross_entropy.cross_entropy_parts,
+            cross_entropy.reference,
+            cross_entropy.sample_inputs,
+            choice="cross_entropy",
+        ),
         Kernel(
             "cross_entropy_backward",
             cross_entropy.cross_entropy_backward,
             cross_entropy.reference_backward,
             cross_entropy.backward_sample_inputs,
+            choice="cross_entropy",
         ),
         Kernel(
             "cross_entropy_backward_",
@@ -146,6 +153,7 @@ KERNELS: dict[str, Kernel] = {
             cross_entropy.reference_backward_in_place,
             cross_entropy.backward_sample_inputs,
             mutated=(1,),
+            choice="cross_entropy",
         ),
         Kernel("adamw", _adamw, adamw.reference, adamw.sample_inputs, mutated=(0, 1, 2, 3, 5)),
         Kernel("square_sum", square_sum.square_sum, square_sum.reference, square_sum.sample_inputs),
