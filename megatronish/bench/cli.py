@@ -71,13 +71,15 @@ def preflight(
 def step(
     config: ConfigFile = Path("configs/demo_cpu.yaml"),
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Local CPU processes of the layout.")] = 8,
+    nproc: Annotated[int, typer.Option(min=1, help="Local processes of the layout; each has a GPU where there are GPUs.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 7,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each variant in a round.")] = 2,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the peer; default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the peer on CPU; default: all cores.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="The peer goes through torch.compile.")] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Tokens/s of a layout on local CPU processes against the Hugging Face Llama in one process, in one interleaved run.
+    """Tokens/s of a layout on local processes against the Hugging Face model in one process, in one interleaved run; model FLOPs
+    against a matrix product of the same run.
 
     Example: megatronish bench step configs/demo_cpu.yaml parallel.tensor=4 parallel.data=1 --nproc 8
     """
@@ -88,7 +90,7 @@ def step(
     step_bench: Any = importlib.import_module("megatronish.bench.step")
     loader = importlib.import_module("megatronish.config_loader")
     loaded = loader.load_config(config, overrides or [], world_size=nproc)
-    bench = step_bench.StepBench(loaded, nproc, rounds, steps, threads or num_cores())
+    bench = step_bench.StepBench(loaded, nproc, rounds, steps, threads or num_cores(), compiled)
     with Progress(transient=True) as progress:
         task = progress.add_task("rounds", total=rounds)
         result = step_bench.measure(bench, lambda number: progress.update(task, completed=number + 1))

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Group as Lines
 from rich.table import Table
 from torch import Tensor
 
 from megatronish import __version__
+from megatronish.bench.tables import Parts
 from megatronish.bench.workers import processor_name
 from megatronish.comm import all_reduce, barrier, streams
 from megatronish.comm.collectives import start_all_gather_into, start_all_reduce, start_reduce_scatter_into
@@ -253,9 +253,9 @@ def _name_of(rows: list[dict[str, Any]]) -> str:
     return f"{one['axis']}: {count} of {one['group_size']} ranks"
 
 
-def render(result: dict[str, Any]) -> Lines:
+def render(result: dict[str, Any]) -> Parts:
     """For people: a table an axis."""
-    lines: list[Any] = [
+    lines: Parts = [
         f"{result['num_ranks']} ranks ({result['layout']}) over {result['backend']}, {result['device']}, {result['date']}: us, "
         f"then GB/s of algorithm and bus; medians of {result['rounds']} interleaved rounds, the slowest rank counts"
     ]
@@ -273,7 +273,7 @@ def render(result: dict[str, Any]) -> Lines:
         for (dtype, size), of_size in cells.items():
             table.add_row(dtype, size, *(of_size.get(operation, "-") for operation in OPERATIONS))
         lines.append(table)
-    return Lines(*lines)
+    return lines
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:

@@ -84,7 +84,8 @@ def _measure_as_rank(options: Options, place: Place) -> int:
 def report(result: dict[str, Any], options: Options) -> None:
     """Print the tables, and write what the options ask for."""
     console = Console(width=132)
-    console.print(render(result), highlight=False)
+    for part in render(result):
+        console.print(part, highlight=False)
     if options.plots is not None and result["rows"]:
         console.print("wrote " + ", ".join(str(file) for file in plot(result, options.plots)), soft_wrap=True)
     if options.json_file is not None:

@@ -27,6 +27,10 @@ def _kernels(result: dict[str, Any]) -> Parts:
     return [render(result), *summary(result)]
 
 
+def _several(module: str, function: str = "render") -> Callable[[Any], Parts]:
+    return lambda result: getattr(importlib.import_module(f"megatronish.bench.{module}"), function)(result)
+
+
 RENDER: dict[str, Callable[[Any], Parts]] = {
     "kernels": _kernels,
     "adamw": _module("adamw"),
@@ -37,6 +41,11 @@ RENDER: dict[str, Callable[[Any], Parts]] = {
     "startup": tables.startup,
     "history": tables.history,
     "preflight": tables.preflight,
+    "collectives": _several("collectives"),
+    "limits": _several("suite_tables", "limits"),
+    "training": _several("suite_tables", "training"),
+    "startup of kernels": _several("suite_tables", "startup"),
+    "sanitizer": _several("suite_tables", "sanitizer"),
 }
 """By what a result names as its `bench`."""
 
@@ -67,14 +76,27 @@ def show(file: Path) -> Parts:
     """The result in `file`, part after part where it is a suite's. UserError where no bench knows it."""
     result = read(file)
     if isinstance(result, dict) and "suite" in result:
-        parts: Parts = [f"{result['suite']} suite, {result.get('device')}, {result.get('date')}"]
-        for name, part in result.get("parts", {}).items():
-            parts += [f"\n{name}", *_rendered(part, name, file)]
-        return parts
+        return suite(result, file)
     name = name_of(result, file)
     if name not in RENDER:
         raise UserError(f"{file}: a result of {name!r}, which no bench knows; known are {', '.join(RENDER)}")
     return _rendered(result, name, file)
+
+
+def suite(result: dict[str, Any], file: Path) -> Parts:
+    """Of all parts, those that failed too, and what to take from them."""
+    from megatronish.bench.suite_tables import failure, summary
+
+    parts: Parts = [f"{result['suite']} suite, {result.get('device')}, {result.get('date')}"]
+    for name, part in result.get("parts", {}).items():
+        try:
+            shown = _rendered(part, name, file)
+        except UserError:
+            if "error" not in part:
+                raise
+            shown = []  # it did not come far
+        parts += [f"\n[bold]{name}[/bold]", *shown, *failure(part)]
+    return [*parts, "", *summary(result)]
 
 
 def _rendered(result: Any, name: str, file: Path) -> Parts:

@@ -55,14 +55,25 @@ def checkpoint(result: dict[str, Any]) -> Parts:
 
 
 def step(result: dict[str, Any]) -> Parts:
-    """Tokens a second of both."""
+    """Tokens a second of both; model FLOPs against the limits, where the result has them (since 2026-11-27)."""
     title = f"{result['dtype']}, {result['tokens_per_step']} tokens a step, {result['device']}, {result['date']}"
-    table = Table("variant", "tokens/s", "CPU s a step", title=title)
+    table = Table("variant", title=title, title_justify="left")
+    for column in ("tokens/s", "CPU s a step", "model TFLOP/s", "of matrix rate", "MFU", "peak GiB"):
+        table.add_column(column, justify="right")
     for name, rate in result["tokens_per_second"].items():
-        label = f"{name}, {result['layout']}" if name == "megatronish" else f"{name}, {result['peer_threads']} threads"
-        table.add_row(label, f"{rate:,.0f}", f"{result['cpu_seconds_per_step'][name]:.2f}")
-    phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in result["phase_seconds"].items())
-    return [table, f"ratio {result['ratio']:.3f} (median of {result['rounds']} interleaved rounds)", f"a step: {phases}"]
+        of = {key: result.get(key, {}).get(name) for key in ("model_tflops", "fraction_of_matrix_rate", "mfu", "peak_memory_bytes")}
+        ours, peak = name == "megatronish", of.pop("peak_memory_bytes")
+        threads = "" if ours or peak is not None else f", {result['peer_threads']} threads"
+        table.add_row(
+            f"{name}, {result['layout']}" if ours else name + threads,
+            f"{rate:,.0f}",
+            f"{result['cpu_seconds_per_step'][name]:.2f}",
+            *("-" if value is None else f"{value:.3g}" for value in of.values()),
+            "-" if peak is None else f"{peak / 2**30:.1f}",
+        )
+    phases = ", ".join(f"{phase} {seconds:.3g} s" for phase, seconds in result["phase_seconds"].items())
+    limit = f"; matrix rate of this run {result['matrix_tflops']:.3g} TFLOP/s" if "matrix_tflops" in result else ""
+    return [table, f"ratio {result['ratio']:.3f} (median of {result['rounds']} interleaved rounds){limit}", f"a step: {phases}"]
 
 
 def history(result: dict[str, Any]) -> Parts:

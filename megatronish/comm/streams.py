@@ -73,6 +73,12 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def release_cached_memory(device: torch.device) -> None:
+    """Give memory that no tensor holds back to the GPU, for other processes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def record_memory(device: torch.device) -> bool:
     """Begin to keep the history of a GPU's allocator; False on CPU, which has none."""
     if device.type != "cuda":

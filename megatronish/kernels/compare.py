@@ -29,12 +29,13 @@ def allowed_error(result: Tensor, *, rounded_to: torch.dtype | None = None) -> f
 
 
 def error_of(result: Tensor, exact: Tensor) -> float:
-    """The largest error, as a share of the largest finite value, or of 1; equal infinities are none. NaN where there is one."""
+    """The largest error, as a share of the largest finite value, or of 1; NaN where there is one in the result. Infinities that are
+    equal are right: the maximum of an empty row is one."""
     if not result.numel():
         return 0.0
-    wide, exact = result.double(), exact.double()
-    size = exact.where(exact.isfinite(), 0.0).abs().max().clamp_min(1.0)
-    return float((wide - exact).where(wide != exact, 0.0).abs().max() / size)
+    wide = result.double()
+    errors = (wide - exact).abs().masked_fill(wide == exact, 0.0)
+    return float(errors.max() / exact.abs().masked_fill(exact.isinf(), 0.0).max().clamp_min(1.0))
 
 
 def widened(value: Any) -> Any:

@@ -1,0 +1,130 @@
+"""The suite: parts are processes with their share of the time; one that fails or hangs is recorded and the rest goes on; what was
+measured by then is in the file."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatronish.bench import gpu_suite, suite_parts
+from megatronish.bench.gpu_suite import PARTS, Part, Suite, run_suite, suite_of
+from megatronish.bench.show import show
+from megatronish.bench.suite_calls import call_all
+from megatronish.bench.suite_part import Request
+from megatronish.errors import UserError
+from megatronish.kernels.registry import bodies_of
+from megatronish.kernels.table import KERNELS
+
+STAND_INS = "tests.bench.suite_stand_ins"
+
+
+def is_running(pid: int) -> bool:
+    """A zombie is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def shown(file: Path) -> str:
+    out = StringIO()
+    for part in show(file):
+        Console(file=out, width=200).print(part)
+    return out.getvalue()
+
+
+def test_a_part_that_fails_or_hangs_is_recorded_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    right: Any = gpu_suite.run_part
+
+    def run_part(target: str, *more: Any) -> dict[str, Any]:
+        return right(target.replace("megatronish.bench.suite_parts", STAND_INS), *more)
+
+    monkeypatch.setattr(gpu_suite, "run_part", run_part)
+    names = {"first": "fails", "second": "hangs", "third": "works"}
+    suite = Suite({name: Part(f"{STAND_INS}:{function}", 1) for name, function in names.items()}, "cpu", 30, tmp_path / "r.json")
+    file, result = run_suite(suite, told.append)
+    parts = json.loads(file.read_text())["parts"]
+    assert parts == result["parts"] and list(parts) == list(names)
+    assert parts["first"]["error"] == "RuntimeError: the card fell out" and parts["first"]["half"] == 1
+    assert parts["second"]["error"].startswith("not done after") and not is_running(parts["second"]["child"])
+    assert "error" not in parts["third"]
+    assert result["suite"] == "gpu" and result["device"] == "2 Cores of X"
+    assert "third: half way" in told and any(line.startswith("second: failed: not done") for line in told)
+    text = shown(file)
+    assert "failed: first: RuntimeError: the card fell out" in text and "limit" in text
+
+
+def test_limits_and_training_on_cpu_are_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request("cpu", tmp_path / "out.json", 60)
+    suite_parts.limits(request)
+    found = json.loads(request.out.read_text())
+    assert found["matrix_tflops"]["bfloat16"] > 0 and found["copy_gigabytes_per_second"] > 0 and found["launch_microseconds"] > 0
+
+    seen = {}
+
+    def measure(bench: Any, on_round: Any) -> dict[str, Any]:
+        seen[bench.config.name] = bench
+        if bench.config.name == "gpt3_175b":
+            raise RuntimeError("out of memory\nand more")
+        return {"ratio": 1.0}
+
+    monkeypatch.setattr(suite_parts.step, "measure", measure)
+    with pytest.raises(SystemExit):
+        suite_parts.training(request)
+    models = json.loads(request.out.read_text())["models"]
+    assert models == {"gpt2_124m": {"ratio": 1.0}, "gpt_1.3b": {"error": "out of memory"}, "llama3_8b, 4 layers": {"ratio": 1.0}}
+    assert all(bench.num_ranks == 1 and not bench.compiled and bench.seconds < 60 for bench in seen.values())
+
+
+def test_models_of_the_suite_are_what_they_are_called() -> None:
+    sizes = {}
+    for name, (file, settings) in suite_parts.MODELS.items():
+        bench = suite_parts.training_bench(name, file, settings, on_gpu=True, seconds=100)
+        assert bench.compiled and bench.config.train.dtype == "bfloat16" and bench.config.parallel.recompute == "none"
+        sizes[name] = suite_parts.formulas.num_parameters(bench.config.model) / 1e9
+    assert sizes["gpt2_124m"] == pytest.approx(0.124, rel=0.01) and sizes["gpt_1.3b"] == pytest.approx(1.3, rel=0.02)
+    # Llama 3 8B has 0.218 G in a layer, and 1.05 G in embedding and projection.
+    assert sizes["llama3_8b, 4 layers"] == pytest.approx(4 * 0.218 + 1.05, rel=0.01)
+
+
+def test_a_body_that_is_wrong_or_breaks_is_told_from_one_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "rms_norm": "off by 1.0e+00 on a small case, allowed 1e-6",
+        "swiglu": "CompilationError: at 1:0",
+        "gelu": "tensors on CPU",
+    }
+    monkeypatch.setattr("megatronish.bench.suite_calls.why_not", lambda kernel, *rest: said.get(kernel.name))
+    rows = {row["op"]: row for row in call_all(["torch"], ["float32"], torch.device("cpu"))}
+    assert rows["rms_norm"]["wrong"] and rows["swiglu"]["wrong"] and not rows["gelu"]["wrong"] and rows["gelu"]["refused"]
+    assert not rows["adamw"]["wrong"] and not rows["adamw"]["refused"]
+
+
+def test_every_op_with_several_bodies_is_called_and_right() -> None:
+    rows = list(call_all(["torch"], ["float32"], torch.device("cpu")))
+    assert {row["op"] for row in rows} == {name for name, row in KERNELS.items() if len(bodies_of(row.chosen_as)) > 1}
+    assert not any(row["wrong"] or row["refused"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--parts", "kernels,nothing"], "--parts nothing: no such part; there are limits, kernels"),
+        (["--minutes", "0"], "--minutes 0: must be above 0"),
+        (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no folder /nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        suite_of(arguments)
+
+
+def test_the_command_line_chooses_parts_in_the_suites_order() -> None:
+    suite = suite_of(["--parts", "training,limits", "--minutes", "2"])
+    assert list(suite.parts) == ["limits", "training"] and suite.seconds == 120 and suite.parts["limits"] is PARTS["limits"]
