@@ -108,6 +108,14 @@ KERNELS: dict[str, Kernel] = {
     for row in (
         Kernel("rms_norm", rms_norm.rms_norm, rms_norm.reference, rms_norm.sample_inputs, differentiable=(0, 1)),
         Kernel("layer_norm", layer_norm.layer_norm, layer_norm.reference, layer_norm.sample_inputs, differentiable=(0, 1, 2)),
+        Kernel("add_rms_norm", rms_norm.add_rms_norm, rms_norm.add_reference, rms_norm.add_sample_inputs, differentiable=(0, 1, 2)),
+        Kernel(
+            "add_layer_norm",
+            layer_norm.add_layer_norm,
+            layer_norm.add_reference,
+            layer_norm.add_sample_inputs,
+            differentiable=(0, 1, 2, 3),
+        ),
         Kernel("split_rotary", _split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
         Kernel("swiglu", swiglu.swiglu, swiglu.reference, swiglu.sample_inputs, differentiable=(0,)),
         Kernel("geglu", geglu.geglu, geglu.reference, geglu.sample_inputs, differentiable=(0,)),

@@ -99,8 +99,13 @@ class Block(nn.Module):
 
     def forward(self, x_SBD: Tensor, shared: Shared) -> Tensor:
         """[S, B, D] -> [S, B, D]."""
-        x_SBD = x_SBD + self.attention_dropout(self.attention(self.attention_norm(x_SBD), shared), shared.context)
-        return x_SBD + self.mlp_dropout(self.mlp(self.mlp_norm(x_SBD)), shared.context)
+        out_SBD = self.attention_dropout(self.attention(self.attention_norm(x_SBD), shared), shared.context)
+        if isinstance(self.mlp_norm, RMSNorm | LayerNorm):
+            normed_SBD, x_SBD = self.mlp_norm(x_SBD, out_SBD)  # one pass over memory
+        else:  # made again for backward, from the sum alone
+            x_SBD = x_SBD + out_SBD
+            normed_SBD = self.mlp_norm(x_SBD)
+        return x_SBD + self.mlp_dropout(self.mlp(normed_SBD), shared.context)
 
 
 class Decoder(nn.Module):

@@ -28,6 +28,9 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
     "rms_norm": (2, 1, 96),
     # All in the accumulation dtype, rounded at the end; so are dx and the gradients of weight and bias.
     "layer_norm": (1, 1, 96),
+    # The same of a sum that is rounded to the inputs' dtype. dx: from that sum, rounded, and the sum's gradient added.
+    "add_rms_norm": (3, 3, 96),
+    "add_layer_norm": (2, 3, 96),
     # Two products and a sum, all in the tables' dtype; rounded at the end.
     "split_rotary": (1, 1, 2),
     # silu, then the product. Backward: dy * up is rounded, then the derivative of silu (and dy * silu likewise).
