@@ -360,6 +360,8 @@ class KernelsConfig(Section):
     """The same with model.activation=geglu."""
     gelu: PointwiseBody = "auto"
     """GPT-2's activation."""
+    bias_gelu_dropout_add: PointwiseBody = "auto"
+    """Dropout before a residual sum, with the sum."""
     cross_entropy: PointwiseBody = "auto"
     """A rank's part of the loss, and the logits' gradient."""
     adamw: OptimizerBody = "auto"

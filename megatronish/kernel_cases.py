@@ -77,6 +77,8 @@ def cases(config: Config, tp_size: int) -> list[Case]:
     if any(config.parallel.recompute_of(stage) != "selective" for stage in range(config.parallel.pipeline)):
         # Elsewhere the norm is made again for backward, from the sum alone.
         make |= {f"add_{name}": partial(_add_norm, norm=call) for name, call in make.items() if name.endswith("norm")}
+    if config.model.dropout:
+        make["bias_gelu_dropout_add"] = _dropout_add
     make |= {"masked_attention": _masked_attention} if is_masked else {"attention": _attention}
     make["cross_entropy"] = _cross_entropy
     if config.parallel.zero_engine == "native":  # DeepSpeed's engine brings its own optimizer
@@ -94,6 +96,11 @@ def _norm(config: Config, z: _Sizes, device: str, *, num_parameters: int) -> tup
 def _add_norm(config: Config, z: _Sizes, device: str, *, norm: Make) -> tuple[Any, ...]:
     x, *others = norm(config, z, device)
     return x, torch.randn_like(x), *others
+
+
+def _dropout_add(config: Config, z: _Sizes, device: str) -> tuple[Any, ...]:
+    x, residual = (z.draw(device, z.rows, z.B, z.D) for _ in range(2))
+    return x, None, residual, torch.arange(z.B, device=device), False, 0, 0, config.model.dropout
 
 
 def _rotary(config: Config, z: _Sizes, device: str) -> tuple[Any, ...]:

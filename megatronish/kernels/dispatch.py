@@ -176,7 +176,7 @@ def error_against(a: Tensor, reference: Tensor) -> float:
 def _run(kernel: Kernel, function: Callable[..., Any], arguments: tuple[Any, ...], name: str | None) -> list[Tensor]:
     """Results and gradients, for upstream gradients of fixed values."""
     given = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]  # tensors of a list are only read
-    leaves = [given[i].requires_grad_() for i in kernel.differentiable]
+    leaves = [given[i].requires_grad_() for i in kernel.differentiable if given[i] is not None]
     with choosing({} if name is None else {kernel.chosen_as: name}):
         returned = function(*given)
         results = [returned] if isinstance(returned, Tensor) else list(returned or ())

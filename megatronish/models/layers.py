@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatronish.batch import TokenContext
 from megatronish.comm.random import stream_key
 from megatronish.kernels.attention import attention
+from megatronish.kernels.bias_gelu_dropout_add import bias_gelu_dropout_add
 from megatronish.kernels.dropout import dropout
 from megatronish.kernels.layer_norm import add_layer_norm, layer_norm
 from megatronish.kernels.masked_attention import WeightDropout, masked_attention
@@ -126,12 +127,14 @@ class Dropout(nn.Module):
         assert self.key is not None, "a model with dropout trains after place_dropout(model, seed=...)"
         return self.key
 
-    def forward(self, x_SBD: Tensor, context: TokenContext) -> Tensor:
-        """[S, B, D] -> [S, B, D]."""
+    def forward(self, x_SBD: Tensor, context: TokenContext, add: Tensor | None = None) -> Tensor:
+        """[S, B, D] -> [S, B, D]; `add` [S, B, D] is added to what is left."""
         if not self.is_active:
-            return x_SBD
-        first = self.part * x_SBD.shape[0]
-        return dropout(x_SBD, context.sample_numbers_B, batch_dim=1, first=first, key=self.placed_key, rate=self.rate)
+            return x_SBD if add is None else add + x_SBD
+        samples_B, numbers = context.sample_numbers_B, {"first": self.part * x_SBD.shape[0], "key": self.placed_key}
+        if add is None:
+            return dropout(x_SBD, samples_B, batch_dim=1, rate=self.rate, **numbers)
+        return bias_gelu_dropout_add(x_SBD, None, add, samples_B, activation="none", rate=self.rate, **numbers)
 
     def extra_repr(self) -> str:
         return f"{self.rate}"

@@ -87,3 +87,19 @@ def test_a_norm_that_adds_first_has_the_bits_of_a_sum_and_a_norm(kind: type[RMSN
         leaves = [x, added, *norm.parameters()]
         results.append([y, total, *torch.autograd.grad((y, total), leaves, given[2:])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dropout_that_adds_has_the_bits_of_dropout_and_a_sum(dtype: torch.dtype) -> None:
+    site = Dropout(0.3)
+    site.key, site.part = -5, 2
+    torch.manual_seed(2)
+    x, residual, dy = (torch.randn(5, 2, 24, dtype=dtype) for _ in range(3))
+    context = TokenContext(torch.arange(5)[:, None].expand(5, 2), torch.tensor([3, 2**40]))
+    results = []
+    for fused in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+        out = site(leaves[0], context, leaves[1]) if fused else leaves[1] + site(leaves[0], context)
+        results.append([out, *torch.autograd.grad(out, leaves, dy)])
+    assert not torch.equal(results[0][0], x + residual)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
