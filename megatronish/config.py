@@ -332,6 +332,7 @@ class ObserveConfig(Section):
 
 AttentionBody = Literal["auto", "reference", "torch", "triton", "triton-tma", "cuda", "flash-attn", "cudnn"]
 NormBody = Literal["auto", "reference", "torch", "triton", "cuda", "liger", "apex", "transformer-engine"]
+AddNormBody = Literal["auto", "torch", "triton", "cuda"]
 PointwiseBody = Literal["auto", "torch", "triton"]
 OptimizerBody = Literal["auto", "reference", "native", "triton"]
 
@@ -347,6 +348,10 @@ class KernelsConfig(Section):
     """Llama's norm."""
     layer_norm: NormBody = "auto"
     """GPT-2's norm."""
+    add_rms_norm: AddNormBody = "auto"
+    """Llama's norm of a sum with the residual stream, which stands between attention and MLP."""
+    add_layer_norm: AddNormBody = "auto"
+    """GPT-2's."""
     split_rotary: PointwiseBody = "auto"
     """The split of queries, keys and values and their rotation."""
     swiglu: PointwiseBody = "auto"
@@ -355,6 +360,8 @@ class KernelsConfig(Section):
     """The same with model.activation=geglu."""
     gelu: PointwiseBody = "auto"
     """GPT-2's activation."""
+    bias_gelu_dropout_add: PointwiseBody = "auto"
+    """Dropout before a residual sum, with the sum."""
     cross_entropy: PointwiseBody = "auto"
     """A rank's part of the loss, and the logits' gradient."""
     adamw: OptimizerBody = "auto"

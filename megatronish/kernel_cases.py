@@ -43,6 +43,9 @@ class _Sizes:
         return torch.randn(shape, dtype=self.dtype, device=device)
 
 
+Make = Callable[[Config, _Sizes, str], tuple[Any, ...]]
+
+
 def _sizes(config: Config, tp_size: int) -> _Sizes:
     model, S = config.model, config.data.sequence_length
     return _Sizes(
@@ -64,11 +67,18 @@ def cases(config: Config, tp_size: int) -> list[Case]:
     sizes = _sizes(config, tp_size)
     few = replace(sizes, S=min(sizes.S, 4), rows=min(sizes.rows, 4), flat=1 << 12)
     is_masked = config.data.separate_documents or config.model.dropout > 0
-    make: dict[str, Callable[[Config, _Sizes, str], tuple[Any, ...]]] = {}
+    make: dict[str, Make] = {}
     if config.model.architecture == "llama":
-        make |= {"rms_norm": partial(_norm, num_parameters=1), "split_rotary": _rotary, config.model.activation: _gated}
+        make["rms_norm"] = partial(_norm, num_parameters=1)
+        make |= {"split_rotary": _rotary, config.model.activation: _gated}
     else:
-        make |= {"layer_norm": partial(_norm, num_parameters=2), "gelu": _gelu}
+        make["layer_norm"] = partial(_norm, num_parameters=2)
+        make |= {"gelu": _gelu}
+    if any(config.parallel.recompute_of(stage) != "selective" for stage in range(config.parallel.pipeline)):
+        # Elsewhere the norm is made again for backward, from the sum alone.
+        make |= {f"add_{name}": partial(_add_norm, norm=call) for name, call in make.items() if name.endswith("norm")}
+    if config.model.dropout:
+        make["bias_gelu_dropout_add"] = _dropout_add
     make |= {"masked_attention": _masked_attention} if is_masked else {"attention": _attention}
     make["cross_entropy"] = _cross_entropy
     if config.parallel.zero_engine == "native":  # DeepSpeed's engine brings its own optimizer
@@ -81,6 +91,16 @@ def cases(config: Config, tp_size: int) -> list[Case]:
 def _norm(config: Config, z: _Sizes, device: str, *, num_parameters: int) -> tuple[Any, ...]:
     x = z.draw(device, z.rows, z.B, z.D)
     return x, *(z.draw(device, z.D) for _ in range(num_parameters)), config.model.norm_eps
+
+
+def _add_norm(config: Config, z: _Sizes, device: str, *, norm: Make) -> tuple[Any, ...]:
+    x, *others = norm(config, z, device)
+    return x, torch.randn_like(x), *others
+
+
+def _dropout_add(config: Config, z: _Sizes, device: str) -> tuple[Any, ...]:
+    x, residual = (z.draw(device, z.rows, z.B, z.D) for _ in range(2))
+    return x, None, residual, torch.arange(z.B, device=device), False, 0, 0, config.model.dropout
 
 
 def _rotary(config: Config, z: _Sizes, device: str) -> tuple[Any, ...]:

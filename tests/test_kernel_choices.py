@@ -39,7 +39,7 @@ def test_a_run_through_triton_has_the_losses_of_torch_and_keeps_what_it_took(tmp
         folder.mkdir()
         small = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "num_kv_heads": 1}
         train = {"steps": 2, "global_batch_size": 1, "micro_batch_size": 1}
-        every = ("rms_norm", "split_rotary", "swiglu", "attention", "cross_entropy")
+        every = ("rms_norm", "add_rms_norm", "split_rotary", "swiglu", "attention", "cross_entropy")
         own = "native" if name == "torch" else name
         kernels = {**dict.fromkeys(every, name), "adamw": own, "square_sum": own}
         write_run(folder, model=small, train=train, kernels=kernels, optim={"warmup_steps": 0})

@@ -57,7 +57,7 @@ def results_and_gradients(
     another function of the results. The arguments stay as they are."""
     upstream = upstream or ramp
     given = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
-    leaves = [given[i].requires_grad_() for i in differentiable]
+    leaves = [given[i].requires_grad_() for i in differentiable if given[i] is not None]
     returned = function(*given)
     results = [returned] if isinstance(returned, Tensor) else list(returned or ())
     results += [given[i] for i in mutated if given[i] is not None]

@@ -40,7 +40,8 @@ def reference(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int
     return torch.where(keep, x * (1.0 / (1.0 - rate)), torch.zeros_like(x))
 
 
-def _forward(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int, rate: float) -> Tensor:
+def drop(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int, rate: float) -> Tensor:
+    """The body of the op, without a gradient; `dropout` is what models call."""
     by_sample = x.movedim(batch_dim, 0)
     count = by_sample[0].numel()
     row = count // max(1, by_sample.shape[1])
@@ -53,9 +54,7 @@ def _forward_fake(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key:
     return torch.empty_like(x)
 
 
-_op = register(
-    "dropout(Tensor x, Tensor samples, int batch_dim, int first, int key, float rate) -> Tensor", _forward, _forward_fake
-)
+_op = register("dropout(Tensor x, Tensor samples, int batch_dim, int first, int key, float rate) -> Tensor", drop, _forward_fake)
 
 
 class _Dropout(torch.autograd.Function):

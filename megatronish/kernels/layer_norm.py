@@ -1,4 +1,5 @@
-"""LayerNorm (Ba et al. 2016): y = (x - mean) / sqrt(variance + eps) * weight + bias, over the last dimension."""
+"""LayerNorm (Ba et al. 2016): y = (x - mean) / sqrt(variance + eps) * weight + bias, over the last
+dimension; and of a sum, which it gives too."""
 
 from __future__ import annotations
 
@@ -130,6 +131,104 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tenso
     return out
 
 
+def add_reference(x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch: (norm of the sum, the sum), which is rounded to x's dtype since later layers see it."""
+    summed = x + residual
+    return reference(summed, weight_D, bias_D, eps), summed
+
+
+def _add_forward(
+    x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed = x.contiguous() + residual.contiguous()
+    y, mean, rstd = _forward(summed, weight_D, bias_D, eps)
+    return y, summed, mean, rstd
+
+
+def _add_forward_fake(
+    x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=accumulate_dtype(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape), rstd, torch.empty_like(rstd)
+
+
+def _add_backward(
+    dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _backward(dy, summed, weight_D, mean, rstd)
+    return dx.add_(dsum), dweight, dbias
+
+
+def _add_backward_fake(
+    dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return summed.new_empty(summed.shape), torch.empty_like(weight_D), torch.empty_like(weight_D)
+
+
+def _triton_add_forward(
+    x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from megatronish.kernels.triton import norms
+
+    y, summed, rstd, mean = norms.norm_forward(
+        x.contiguous(), weight_D.contiguous(), bias_D.contiguous(), eps, residual.contiguous()
+    )
+    assert summed is not None and mean is not None
+    return y, summed, mean, rstd
+
+
+def _triton_add_backward(
+    dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from megatronish.kernels.triton import norms
+
+    dx, dweight, dbias = norms.norm_backward(dy.contiguous(), summed, weight_D.contiguous(), rstd, mean, dsum.contiguous())
+    assert dbias is not None
+    return dx, dweight, dbias
+
+
+_add_forward_op = register(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_forward,
+    _add_forward_fake,
+    also={
+        "triton": Implementation(_triton_add_forward, _refuses_triton),
+        "cuda": Implementation(cuda_norms.add_layer_norm, cuda_norms.refuses_add),
+    },
+)
+_add_backward_op = register(
+    "add_layer_norm_backward(Tensor dy, Tensor dsum, Tensor sum, Tensor weight, Tensor mean, Tensor rstd)"
+    " -> (Tensor, Tensor, Tensor)",
+    _add_backward,
+    _add_backward_fake,
+    also={
+        "triton": Implementation(_triton_add_backward, _refuses_triton),
+        "cuda": Implementation(cuda_norms.add_layer_norm_backward, cuda_norms.refuses_add_backward),
+    },
+    choice="add_layer_norm",
+)
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, summed, mean, rstd = _add_forward_op(x, residual, weight_D, bias_D, eps)
+        ctx.save_for_backward(summed, weight_D, mean, rstd)
+        return y, summed
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        dx, dweight, dbias = _add_backward_op(dy.contiguous(), dsum.contiguous(), *ctx.saved_tensors)
+        return dx, dx, dweight, dbias, None
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of x + residual, x + residual), in one pass over memory; x and residual [..., D] and the others [D] of one floating
+    dtype. Saves the sum and two scalars a row for backward, which adds the sum's own gradient on the way."""
+    out: tuple[Tensor, Tensor] = _AddLayerNorm.apply(x, residual, weight_D, bias_D, eps)
+    return out
+
+
 def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, Tensor, float]]:
     """Inputs that tests and benches run every implementation on."""
     generator = torch.Generator(device).manual_seed(0)
@@ -138,3 +237,8 @@ def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor,
         return torch.randn(*shape, generator=generator, dtype=dtype, device=device)
 
     return [(draw(*s), draw(s[-1]), draw(s[-1]), 1e-5) for s in [(4, 2, 64), (1, 1, 8), (5, 3, 96)]]
+
+
+def add_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
+    """The same with a residual."""
+    return [(x, x.flip(0) * 2, *others) for x, *others in sample_inputs(dtype, device)]

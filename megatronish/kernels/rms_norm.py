@@ -1,4 +1,5 @@
-"""RMSNorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+"""RMSNorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension;
+and of a sum, which it gives too."""
 
 from __future__ import annotations
 
@@ -121,6 +122,87 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out
 
 
+def add_reference(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch: (norm of the sum, the sum), which is rounded to x's dtype since later layers see it."""
+    summed = x + residual
+    return reference(summed, weight_D, eps), summed
+
+
+def _add_forward(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    summed = x.contiguous() + residual.contiguous()
+    y, rstd = _forward(summed, weight_D, eps)
+    return y, summed, rstd
+
+
+def _add_forward_fake(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=accumulate_dtype(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
+
+
+def _add_backward(dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dweight = _backward(dy, summed, weight_D, rstd)
+    return dx.add_(dsum), dweight
+
+
+def _add_backward_fake(dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return summed.new_empty(summed.shape), torch.empty_like(weight_D)
+
+
+def _triton_add_forward(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from megatronish.kernels.triton import norms
+
+    y, summed, rstd, _ = norms.norm_forward(x.contiguous(), weight_D.contiguous(), None, eps, residual.contiguous())
+    return y, summed, rstd
+
+
+def _triton_add_backward(dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    from megatronish.kernels.triton import norms
+
+    dx, dweight, _ = norms.norm_backward(dy.contiguous(), summed, weight_D.contiguous(), rstd, None, dsum.contiguous())
+    return dx, dweight
+
+
+_add_forward_op = register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _add_forward,
+    _add_forward_fake,
+    also={
+        "triton": Implementation(_triton_add_forward, _refuses_triton),
+        "cuda": Implementation(cuda_norms.add_rms_norm, cuda_norms.refuses_add),
+    },
+)
+_add_backward_op = register(
+    "add_rms_norm_backward(Tensor dy, Tensor dsum, Tensor sum, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    _add_backward,
+    _add_backward_fake,
+    also={
+        "triton": Implementation(_triton_add_backward, _refuses_triton),
+        "cuda": Implementation(cuda_norms.add_rms_norm_backward, cuda_norms.refuses_add_backward),
+    },
+    choice="add_rms_norm",
+)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, summed, rstd = _add_forward_op(x, residual, weight_D, eps)
+        ctx.save_for_backward(summed, weight_D, rstd)
+        return y, summed
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        dx, dweight = _add_backward_op(dy.contiguous(), dsum.contiguous(), *ctx.saved_tensors)
+        return dx, dx, dweight, None
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of x + residual, x + residual), in one pass over memory; x and residual [..., D] and weight [D] of one floating dtype.
+    Saves the sum and one scalar a row for backward, which adds the sum's own gradient on the way."""
+    out: tuple[Tensor, Tensor] = _AddRMSNorm.apply(x, residual, weight_D, eps)
+    return out
+
+
 def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor, float]]:
     """Inputs that tests and benches run every implementation on."""
     generator = torch.Generator(device).manual_seed(0)
@@ -133,3 +215,8 @@ def sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor,
         )
         for s in shapes
     ]
+
+
+def add_sample_inputs(dtype: torch.dtype, device: str) -> list[tuple[Any, ...]]:
+    """The same with a residual."""
+    return [(x, x.flip(0) * 2, *others) for x, *others in sample_inputs(dtype, device)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from megatronish.kernels import (
     adamw,
     attention,
+    bias_gelu_dropout_add,
     cached_attention,
     cross_entropy,
     dropout,
@@ -40,7 +41,7 @@ class Kernel:
     sample_inputs: Callable[[torch.dtype, str], list[tuple[Any, ...]]]
     """(dtype, device) -> lists of arguments."""
     differentiable: tuple[int, ...] = ()
-    """Positions of the arguments that get a gradient."""
+    """Positions of the arguments that get a gradient, where they are given."""
     mutated: tuple[int, ...] = ()
     """Positions of the arguments that are written: these are results."""
     choice: str = ""
@@ -88,6 +89,14 @@ def _dropout(x: Tensor, samples_B: Tensor, batch_dim: int, first: int, key: int,
     return dropout.dropout(x, samples_B, batch_dim=batch_dim, first=first, key=key, rate=rate)
 
 
+def _bias_gelu_dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, samples_B: Tensor | None, use_gelu: bool, *numbers: Any
+) -> Tensor:
+    named: dict[str, Any] = dict(zip(("first", "key", "rate"), numbers, strict=True))
+    activation: Literal["gelu", "none"] = "gelu" if use_gelu else "none"
+    return bias_gelu_dropout_add.bias_gelu_dropout_add(x, bias, residual, samples_B, activation=activation, **named)
+
+
 def _split_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     return rotary.split_rotary(qkv, cos, sin, layout="interleaved" if interleaved else "half")
 
@@ -108,6 +117,14 @@ KERNELS: dict[str, Kernel] = {
     for row in (
         Kernel("rms_norm", rms_norm.rms_norm, rms_norm.reference, rms_norm.sample_inputs, differentiable=(0, 1)),
         Kernel("layer_norm", layer_norm.layer_norm, layer_norm.reference, layer_norm.sample_inputs, differentiable=(0, 1, 2)),
+        Kernel("add_rms_norm", rms_norm.add_rms_norm, rms_norm.add_reference, rms_norm.add_sample_inputs, differentiable=(0, 1, 2)),
+        Kernel(
+            "add_layer_norm",
+            layer_norm.add_layer_norm,
+            layer_norm.add_reference,
+            layer_norm.add_sample_inputs,
+            differentiable=(0, 1, 2, 3),
+        ),
         Kernel("split_rotary", _split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
         Kernel("swiglu", swiglu.swiglu, swiglu.reference, swiglu.sample_inputs, differentiable=(0,)),
         Kernel("geglu", geglu.geglu, geglu.reference, geglu.sample_inputs, differentiable=(0,)),
@@ -120,6 +137,13 @@ KERNELS: dict[str, Kernel] = {
             masked_attention.sample_inputs,
             differentiable=(0, 1, 2),
             choice="attention",
+        ),
+        Kernel(
+            "bias_gelu_dropout_add",
+            _bias_gelu_dropout_add,
+            bias_gelu_dropout_add.reference,
+            bias_gelu_dropout_add.sample_inputs,
+            differentiable=(0, 1, 2),
         ),
         Kernel("dropout", _dropout, dropout.reference, dropout.sample_inputs, differentiable=(0,)),
         Kernel("cached_attention", cached_attention.cached_attention, cached_attention.reference, cached_attention.sample_inputs),

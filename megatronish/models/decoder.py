@@ -99,8 +99,16 @@ class Block(nn.Module):
 
     def forward(self, x_SBD: Tensor, shared: Shared) -> Tensor:
         """[S, B, D] -> [S, B, D]."""
-        x_SBD = x_SBD + self.attention_dropout(self.attention(self.attention_norm(x_SBD), shared), shared.context)
-        return x_SBD + self.mlp_dropout(self.mlp(self.mlp_norm(x_SBD)), shared.context)
+        out_SBD = self.attention(self.attention_norm(x_SBD), shared)
+        # The sum goes with the norm, or with dropout: together they would write one array more. A norm that is made again for
+        # backward is made from the sum alone.
+        if isinstance(self.mlp_norm, RMSNorm | LayerNorm) and not self.attention_dropout.is_active:
+            normed_SBD, x_SBD = self.mlp_norm(x_SBD, out_SBD)
+        else:
+            x_SBD = self.attention_dropout(out_SBD, shared.context, x_SBD)
+            normed_SBD = self.mlp_norm(x_SBD)
+        out: Tensor = self.mlp_dropout(self.mlp(normed_SBD), shared.context, x_SBD)
+        return out
 
 
 class Decoder(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from megatronish.batch import TokenContext
 from megatronish.comm.random import stream_key
 from megatronish.kernels.attention import attention
+from megatronish.kernels.bias_gelu_dropout_add import bias_gelu_dropout_add
 from megatronish.kernels.dropout import dropout
-from megatronish.kernels.layer_norm import layer_norm
+from megatronish.kernels.layer_norm import add_layer_norm, layer_norm
 from megatronish.kernels.masked_attention import WeightDropout, masked_attention
-from megatronish.kernels.rms_norm import rms_norm
+from megatronish.kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class Linear(nn.Module):
@@ -59,23 +60,27 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square, then by a weight. Pointwise over S and B."""
+    """Scale to unit root mean square, then by a weight; `add` first, if given: returns the sum too. Pointwise over S and B."""
 
     def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype, device=device))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return rms_norm(x, self.weight, self.eps)
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, add: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., D] -> [..., D]; with `add` [..., D]: (norm of x + add, x + add)."""
+        return rms_norm(x, self.weight, self.eps) if add is None else add_rms_norm(x, add, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class LayerNorm(nn.Module):
-    """To zero mean and unit variance, then by a weight, plus a bias. Pointwise over S and B."""
+    """To zero mean and unit variance, then by a weight, plus a bias; `add` as in RMSNorm. Pointwise over S and B."""
 
     def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
         super().__init__()
@@ -83,9 +88,15 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size, dtype=dtype, device=device))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, add: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., D] -> [..., D]; with `add` [..., D]: (norm of x + add, x + add)."""
+        if add is None:
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return add_layer_norm(x, add, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -116,12 +127,14 @@ class Dropout(nn.Module):
         assert self.key is not None, "a model with dropout trains after place_dropout(model, seed=...)"
         return self.key
 
-    def forward(self, x_SBD: Tensor, context: TokenContext) -> Tensor:
-        """[S, B, D] -> [S, B, D]."""
+    def forward(self, x_SBD: Tensor, context: TokenContext, add: Tensor | None = None) -> Tensor:
+        """[S, B, D] -> [S, B, D]; `add` [S, B, D] is added to what is left."""
         if not self.is_active:
-            return x_SBD
-        first = self.part * x_SBD.shape[0]
-        return dropout(x_SBD, context.sample_numbers_B, batch_dim=1, first=first, key=self.placed_key, rate=self.rate)
+            return x_SBD if add is None else add + x_SBD
+        samples_B, numbers = context.sample_numbers_B, {"first": self.part * x_SBD.shape[0], "key": self.placed_key}
+        if add is None:
+            return dropout(x_SBD, samples_B, batch_dim=1, rate=self.rate, **numbers)
+        return bias_gelu_dropout_add(x_SBD, None, add, samples_B, activation="none", rate=self.rate, **numbers)
 
     def extra_repr(self) -> str:
         return f"{self.rate}"

@@ -161,17 +161,19 @@ def test_inputs_that_are_not_dense_or_not_aligned() -> None:
             assert torch.equal(got, want[name]), name
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"])
 def test_the_op_runs_them_where_the_config_says_so(name: str) -> None:
     given_ = draw((5, 3, 96), torch.bfloat16)
-    function = KERNELS[name].function
-    inputs = [given_["x"], given_["weight"], *([given_["bias"]] if name == "layer_norm" else [])]
+    function, adds, center = KERNELS[name].function, name.startswith("add"), name.endswith("layer_norm")
+    inputs = [given_["x"], *([given_["residual"]] if adds else []), given_["weight"], *([given_["bias"]] if center else [])]
     with as_cuda(), choosing({name: "cuda"}):
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = function(*leaves, 1e-5)
-        grads = torch.autograd.grad(out, leaves, given_["dy"])
-    want = run(given_, center=name == "layer_norm", residual=False)
-    for got, key in zip((out, *grads), ("y", "dx", "dweight", "dbias"), strict=False):
+        grads = torch.autograd.grad(out, leaves, (given_["dy"], given_["dsum"]) if adds else given_["dy"])
+    want = run(given_, center=center, residual=adds)
+    if adds:
+        assert torch.equal(out[1], given_["x"] + given_["residual"]) and torch.equal(grads[0], grads[1])
+    for got, key in zip((out[0] if adds else out, *grads[adds:]), ("y", "dx", "dweight", "dbias"), strict=False):
         assert torch.equal(got, want[key]), key
 
 

@@ -28,6 +28,9 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
     "rms_norm": (2, 1, 96),
     # All in the accumulation dtype, rounded at the end; so are dx and the gradients of weight and bias.
     "layer_norm": (1, 1, 96),
+    # The same of a sum that is rounded to the inputs' dtype. dx: from that sum, rounded, and the sum's gradient added.
+    "add_rms_norm": (3, 3, 96),
+    "add_layer_norm": (2, 3, 96),
     # Two products and a sum, all in the tables' dtype; rounded at the end.
     "split_rotary": (1, 1, 2),
     # silu, then the product. Backward: dy * up is rounded, then the derivative of silu (and dy * silu likewise).
@@ -44,6 +47,8 @@ ROUNDINGS: dict[str, tuple[int, int, int]] = {
     # The kernel of CPUs rounds the probabilities before the product with the values, and its result.
     "cached_attention": (2, 0, 33),
     "dropout": (1, 1, 1),
+    # x + bias, GELU, dropout, the sum. Backward: dropout, GELU's derivative, which starts from a sum that was rounded.
+    "bias_gelu_dropout_add": (4, 3, 15),
     "linear": (1, 0, 33),
     "linear_input_gradient": (1, 0, 48),
     # The product is rounded once on CPU, then added to the bucket, which is smaller than it: hence two.
@@ -95,6 +100,11 @@ def results(kernel: Kernel, returned: Any, arguments: list[Any]) -> list[Tensor]
     return given + [arguments[i] for i in kernel.mutated if arguments[i] is not None]
 
 
+def leaves(kernel: Kernel, arguments: list[Any]) -> list[Tensor]:
+    """Those of the arguments that get a gradient."""
+    return [arguments[i].requires_grad_() for i in kernel.differentiable if arguments[i] is not None]
+
+
 def assert_close(got: Tensor, expected: Tensor, limit: float, what: str, *, floor: float = 0.0) -> None:
     """Relative to the largest element, or to `floor` where that is larger."""
     assert got.shape == expected.shape and not got.isnan().any(), what
@@ -126,11 +136,11 @@ def test_gradients_equal_those_of_the_reference_in_float64(kernel: Kernel, dtype
         gradients = []
         upstream: list[Tensor] = []
         for function, given in ((kernel.function, copies(arguments)), (kernel.reference, widened(arguments))):
-            inputs = [given[i].requires_grad_() for i in kernel.differentiable]
+            inputs = leaves(kernel, given)
             outputs = results(kernel, function(*given), given)
             upstream = upstream or [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(dtype) for o in outputs]
             gradients.append(torch.autograd.grad(outputs, inputs, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]))
-        for position, got, expected in zip(kernel.differentiable, *gradients, strict=True):
+        for position, got, expected in zip((i for i in kernel.differentiable if arguments[i] is not None), *gradients, strict=True):
             what = f"{kernel.name}, case {case}, gradient of argument {position}"
             # A sum over tokens in the inputs' dtype, where a gradient is one (weights, shared keys), is at most this much longer.
             # Inputs are of size 1: where all cancels (a token that attends to itself alone), what is left is rounding of those.
@@ -183,13 +193,10 @@ def all_calls() -> list[tuple[Any, list[Any]]]:
             for dtype in DTYPES:
                 for arguments in kernel.sample_inputs(dtype, "cpu"):
                     given = copies(arguments)
-                    for i in kernel.differentiable:
-                        given[i].requires_grad_()
+                    inputs = leaves(kernel, given)
                     outputs = results(kernel, kernel.function(*given), given)
                     if kernel.differentiable:
-                        torch.autograd.grad(
-                            outputs, [given[i] for i in kernel.differentiable], [torch.ones_like(o) for o in outputs]
-                        )
+                        torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])
         normal_fill_(torch.empty(3, 4), offsets=(1, 2), global_shape=(8, 9), key=5, std=0.1)
     return calls
 

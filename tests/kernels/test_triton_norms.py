@@ -13,6 +13,7 @@ from megatronish.kernels.layer_norm import reference as layer_norm_reference
 from megatronish.kernels.registry import choosing
 from megatronish.kernels.rms_norm import reference as rms_norm_reference
 from megatronish.kernels.rms_norm import rms_norm
+from megatronish.kernels.table import KERNELS
 
 norms = pytest.importorskip("megatronish.kernels.triton.norms", reason="triton is not installed")
 # bfloat16 is wrong in the interpreter. Roundings to the dtype: x / rms (or the residual's sum), the result; dx once.
@@ -90,6 +91,21 @@ def test_no_rows_give_no_rows_and_zero_gradients(shape: tuple[int, ...]) -> None
     y, _, rstd, mean = norms.norm_forward(x, weight, weight, 1e-5)
     dx, dweight, dbias = norms.norm_backward(y, x, weight, rstd, mean)
     assert y.shape == dx.shape == shape and not dweight.any() and not dbias.any()
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
+def test_the_op_that_adds_first_gives_the_same_in_triton(center: bool) -> None:
+    kernel = KERNELS["add_layer_norm" if center else "add_rms_norm"]
+    for arguments in kernel.sample_inputs(torch.float64, "cpu"):
+        results = []
+        for name in ("torch", "triton"):
+            # Strided: every second element.
+            leaves = [a.repeat_interleave(2, -1)[..., ::2].requires_grad_() for a in arguments if isinstance(a, Tensor)]
+            with choosing({kernel.name: name}):
+                y, total = kernel.function(*leaves, arguments[-1])
+                results.append([y.detach(), total.detach(), *torch.autograd.grad((y, total), leaves, (y.cos(), total.sin()))])
+        for a, b in zip(*results, strict=True):
+            assert_near(a, b, limit(torch.float64, arguments[0].shape[-1]), "a result")
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,6 +51,26 @@ def test_an_op_run_in_triton_equals_its_reference_gradients_too(name: str, dtype
             results.append((*(o.detach() for o in outputs), dx))
         for got, expected in zip(*results, strict=True):
             assert_close(got, expected)
+
+
+@dtypes
+def test_bias_gelu_dropout_add_run_in_triton_equals_its_reference_gradients_too(dtype: torch.dtype) -> None:
+    kernel = KERNELS["bias_gelu_dropout_add"]
+    for arguments in kernel.sample_inputs(dtype, "cpu"):
+        results: list[list[Tensor]] = []
+        for function, given in ((kernel.function, arguments), (kernel.reference, on_parts(arguments, Tensor.double))):
+            given = on_parts(given, lambda a: a.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_())
+            with choosing({kernel.name: "triton"}):
+                out: Any = function(*given)
+                dy = draw(*out.shape, dtype=dtype, seed=7).to(out.dtype)
+                results.append([out.detach(), *torch.autograd.grad(out, [a for a in given[:3] if a is not None], dy)])
+        for got, expected in zip(*results, strict=True):
+            assert_close(got, expected)
+
+
+def on_parts(arguments: tuple[Any, ...], function: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """With `function` of x, bias and residual, where given."""
+    return (*(None if a is None else function(a) for a in arguments[:3]), *arguments[3:])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -1,4 +1,5 @@
-"""Dropout's places: every site has its own bits, the same in a stage as in the whole model, and acts in training only."""
+"""Dropout's places: every site has its own bits, the same in a stage as in the whole model, and acts in training only. A norm that
+adds first: the bits of a sum and a norm."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import nn
 from megatronish.batch import TokenContext
 from megatronish.config import ModelConfig
 from megatronish.models import MODELS
-from megatronish.models.layers import Dropout, WeightsDropout, place_dropout
+from megatronish.models.layers import Dropout, LayerNorm, RMSNorm, WeightsDropout, place_dropout
 
 FIELDS = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "mlp_size": 48, "vocab_size": 61, "vocab_multiple": 1, "dropout": 0.2}
 
@@ -69,3 +70,36 @@ def test_dropout_acts_in_training_only_and_depends_on_the_sample_number(architec
     model.eval()
     assert torch.equal(logits(3, 4), logits(5, 6))
     assert torch.equal(logits(3, 4)[:, 0], logits(3, 4)[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_a_norm_that_adds_first_has_the_bits_of_a_sum_and_a_norm(kind: type[RMSNorm | LayerNorm], dtype: torch.dtype) -> None:
+    norm = kind(24, 1e-5, dtype=dtype, device="cpu")
+    torch.manual_seed(2)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    given = [torch.randn(5, 2, 24, dtype=dtype) for _ in range(4)]
+    results = []
+    for fused in (False, True):
+        x, added = (t.clone().requires_grad_() for t in given[:2])
+        y, total = norm(x, added) if fused else (norm(x + added), x + added)
+        leaves = [x, added, *norm.parameters()]
+        results.append([y, total, *torch.autograd.grad((y, total), leaves, given[2:])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dropout_that_adds_has_the_bits_of_dropout_and_a_sum(dtype: torch.dtype) -> None:
+    site = Dropout(0.3)
+    site.key, site.part = -5, 2
+    torch.manual_seed(2)
+    x, residual, dy = (torch.randn(5, 2, 24, dtype=dtype) for _ in range(3))
+    context = TokenContext(torch.arange(5)[:, None].expand(5, 2), torch.tensor([3, 2**40]))
+    results = []
+    for fused in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+        out = site(leaves[0], context, leaves[1]) if fused else leaves[1] + site(leaves[0], context)
+        results.append([out, *torch.autograd.grad(out, leaves, dy)])
+    assert not torch.equal(results[0][0], x + residual)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -106,3 +106,43 @@ def layer_norm_backward(dy: Tensor, x: Tensor, weight_D: Tensor, mean: Tensor, r
     dx, dweight, dbias = backward(dy, x, weight_D, rstd, mean)
     assert dbias is not None
     return dx, dweight, dbias
+
+
+def refuses_add(x: Tensor, residual: Tensor, weight_D: Tensor, *others: Any) -> str | None:
+    """`refuses`, of the ops that add first."""
+    return refuses(x, weight_D)
+
+
+def refuses_add_backward(dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, *others: Any) -> str | None:
+    """`refuses`, of their backward ops' arguments."""
+    return refuses(summed, weight_D)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The op of kernels/rms_norm.py."""
+    y, summed, rstd, _ = forward(x, weight_D, None, eps, residual)
+    return y, summed, rstd
+
+
+def add_rms_norm_backward(dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The backward op of kernels/rms_norm.py."""
+    dx, dweight, _ = backward(dy, summed, weight_D, rstd, None, dsum)
+    return dx, dweight
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op of kernels/layer_norm.py."""
+    y, summed, rstd, mean = forward(x, weight_D, bias_D, eps, residual)
+    assert mean is not None
+    return y, summed, mean, rstd
+
+
+def add_layer_norm_backward(
+    dy: Tensor, dsum: Tensor, summed: Tensor, weight_D: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward op of kernels/layer_norm.py."""
+    dx, dweight, dbias = backward(dy, summed, weight_D, rstd, mean, dsum)
+    assert dbias is not None
+    return dx, dweight, dbias

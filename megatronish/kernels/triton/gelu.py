@@ -96,7 +96,7 @@ def _launch(
     num_rows, B = x.numel() // max(1, D), x.shape[1] if samples_B is not None else 1
     aligned = samples_B is None or D % 4 == 0
     grid = (triton.cdiv(D if aligned else D + 3, _BLOCK), num_groups)
-    given = (x if t is None else t for t in (dy, x, bias, residual, samples_B, out, dbias))
+    given = (x if t is None else t.contiguous() for t in (dy, x, bias, residual, samples_B, out, dbias))
     kernel[grid](
         *given, num_rows, B, D, first, key, round(rate * 2.0**32), 1.0 / (1.0 - rate),
         BACKWARD=dy is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, HAS_DROPOUT=samples_B is not None,
