@@ -16,8 +16,8 @@ from megatronish.bench.kernel_ops import BenchOp, Work
 from megatronish.bench.kernel_peers import Contender
 from megatronish.bench.kernel_shapes import Dims
 from megatronish.bench.limits import Limits
-from megatronish.comm.stopwatch import Stopwatch
-from megatronish.kernels.compare import allowed_error, error_of, ramp, results_and_gradients, widened
+from megatronish.comm.stopwatch import Stopwatch, free_cached_memory
+from megatronish.kernels.compare import allowed_error, error_of, noise, results_and_gradients, widened
 from megatronish.kernels.dispatch import first_line
 from megatronish.kernels.registry import Refused, choosing
 
@@ -25,6 +25,7 @@ _CHECKED = {"cuda": 1 << 27, "cpu": 1 << 22}
 """Elements of the widest float64 tensor of a check."""
 _TURN = {"cuda": 0.02, "cpu": 0.01}
 """Seconds of a contender in a round: as many calls as fit, one at least, _MOST_CALLS at most."""
+_LIMIT_CALLS = {"cuda": 3, "cpu": 1}
 _MOST_CALLS = 50
 _PATIENCE = 3.0
 """Seconds of all rounds of one contender: a slow one has fewer rounds, one at least."""
@@ -115,13 +116,24 @@ def _add_rates(rows: Sequence[dict[str, Any]], work: Work, limits: Limits, matri
 
 
 def check(case: Case) -> dict[tuple[str, str], Verdict]:
-    """By contender and pass."""
-    dims = case.op.small(case.dims, _CHECKED[case.device.type])
+    """By contender and pass; on a smaller case where the memory is too small even for the float64 that is usual."""
+    most = _CHECKED[case.device.type]
+    while True:
+        try:
+            return _check(case, case.op.small(case.dims, most))
+        except torch.OutOfMemoryError:
+            if most < 1 << 16:
+                raise
+        most //= 8
+        free_cached_memory(case.device)
+
+
+def _check(case: Case, dims: Dims) -> dict[tuple[str, str], Verdict]:
     arguments = case.op.make(dims, case.dtype, str(case.device))
     exact: Exact = ([], [])
     if case.op.errors is None:
         wide = tuple(widened(a) for a in arguments)
-        exact = results_and_gradients(case.op.reference, wide, differentiable=case.op.differentiable)
+        exact = results_and_gradients(case.op.reference, wide, differentiable=case.op.differentiable, upstream=noise)
     return {
         (contender.name, which): verdict
         for contender in case.contenders
@@ -146,15 +158,23 @@ def _verdicts(case: Case, contender: Contender, arguments: tuple[Any, ...], exac
 
     def run(differentiable: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
         given = [contender.arrange(a) if i in op.differentiable else a for i, a in enumerate(arguments)]
-        return results_and_gradients(lambda *a: contender.bind(*a)(), given, differentiable=differentiable)
+        return results_and_gradients(lambda *a: contender.bind(*a)(), given, differentiable=differentiable, upstream=noise)
 
     def error(got: list[Tensor], want: list[Tensor]) -> float:
         return max(error_of(g, w) / allowed_error(g, rounded_to=rounded_to) for g, w in zip(got, want, strict=True))
 
-    found = {first: _judge(contender, lambda: error(run(())[0], exact[0]))}
-    if op.differentiable:
-        found["backward"] = _judge(contender, lambda: error(run(op.differentiable)[1], exact[1]))
-    return found
+    if not op.differentiable:
+        return {first: _judge(contender, lambda: error(run(())[0], exact[0]))}
+    both: list[Exact] = []
+
+    def of_gradients() -> float:
+        both.append(run(op.differentiable))
+        return error(both[0][1], exact[1])
+
+    backward = _judge(contender, of_gradients)
+    # One whose backward does not run may still have a forward.
+    forward = _judge(contender, lambda: error((both[0] if both else run(()))[0], exact[0]))
+    return {first: forward, "backward": backward}
 
 
 def _judge(contender: Contender, error: Callable[[], float]) -> Verdict:
@@ -180,7 +200,7 @@ class _Turn:
     call: Callable[[], Any]
     before: Callable[[], Any]
     forced: Mapping[str, str]
-    repeats: int = 3
+    repeats: int = 1
     rounds: int = sys.maxsize
     extra_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)
@@ -220,7 +240,7 @@ def _graph(call: Callable[[], Any]) -> tuple[list[Tensor], list[Tensor]]:
     """(results, upstream gradients)."""
     returned = call()
     results = [returned] if isinstance(returned, Tensor) else list(returned)
-    return results, [ramp(r) for r in results]
+    return results, [noise(r) for r in results]
 
 
 def _timed(
@@ -242,7 +262,8 @@ def _timed(
             now[contender.name] = replace(now[contender.name], status="refused", reason=refusal.reason)
         except Exception as failure:  # out of memory, more often than not
             now[contender.name] = replace(now[contender.name], status="failed", reason=first_line(failure))
-    bounds = [_Turn(limits.matrix, _nothing, {}), _Turn(limits.copy, _nothing, {})] if turns else []
+    repeats = _LIMIT_CALLS[case.device.type]
+    bounds = [_Turn(act, _nothing, {}, repeats) for act in (limits.matrix, limits.copy)] if turns else []
     for turn in bounds:
         watch.seconds(turn.call, 1)
     order = [*bounds, *turns.values()]

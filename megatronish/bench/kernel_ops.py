@@ -67,7 +67,9 @@ class BenchOp:
 
     def contenders(self) -> list[Contender]:
         """Bodies first."""
-        names = list(dict.fromkeys(name for choice in self.choices for name in bodies_of(choice)))
+        # A package may be the body of one kind of attention and a peer of another.
+        peers = {peer.name for peer in self.peers}
+        names = [name for name in dict.fromkeys(n for choice in self.choices for n in bodies_of(choice)) if name not in peers]
         bind = self.bind or calls(self.function)
         bodies = [Contender(name, bind, forced=dict.fromkeys(self.choices, name)) for name in names]
         return bodies + list(self.peers)
@@ -78,7 +80,10 @@ class BenchOp:
         now = dict(dims)
         for group in self.cut:
             while self.widest(now) > most and all(now[name] > 1 and now[name] % 2 == 0 for name in group):
-                now.update({name: now[name] // 2 for name in group})
+                less = {**now, **{name: now[name] // 2 for name in group}}
+                if self.widest(less) == self.widest(now):
+                    break
+                now = less
         if self.widest(now) > most:  # an odd size
             name = self.cut[-1][0]
             now[name] = max(1, now[name] * most // self.widest(now))
@@ -192,6 +197,10 @@ def _norm(parameters: int) -> Callable[[Dims, torch.dtype, str], tuple[Any, ...]
         return (draw(dims["T"], dims["D"]), *(draw(dims["D"]) for _ in range(parameters)), 1e-5)
 
     return make
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
 
 
 def _packed(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
@@ -372,7 +381,7 @@ OPS: dict[str, BenchOp] = {
             lambda dims, dtype, device: (_draw(device, dtype)(dims["T"], dims["F"]),),
             {"forward": (8, 2), "backward": (15, 3)},
             elements=_wide_rows,
-            peers=eager_and_compiled(partial(functional.gelu, approximate="tanh")),
+            peers=eager_and_compiled(_gelu),
         ),
         _elementwise("dropout", _dropout_inputs, {"forward": (12, 2), "backward": (12, 2)}, elements=_rows, peers=()),
         BenchOp(
@@ -394,7 +403,7 @@ OPS: dict[str, BenchOp] = {
             _linear_cross_entropy_reference,
             _linear_loss_work,
             lambda dims: max(dims["T"], dims["D"]) * dims["V"],
-            (("T",), ("V",), ("D",)),
+            (("T",), ("D",), ("V",)),
             peers=kernel_peers.LINEAR_CROSS_ENTROPY,
             rounded_to=lambda dtype: dtype,  # the logits
         ),

@@ -89,7 +89,8 @@ def compiled(name: str, function: Callable[..., Any]) -> Contender:
         fast = torch.compile(function, dynamic=False)
         return lambda: fast(*arguments)
 
-    return Contender(name, bind)
+    # What is compiled frees what it saved.
+    return Contender(name, bind, backward_runs_once=True)
 
 
 def eager_and_compiled(function: Callable[..., Any]) -> tuple[Contender, ...]:
@@ -145,7 +146,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, *mask: Any) -> Callable[[],
     return call
 
 
-FLEX = Contender("torch-flex", _flex, lambda *a: refuses_cpu(a[0]))
+FLEX = Contender("torch-flex", _flex, lambda *a: refuses_cpu(a[0]), backward_runs_once=True)
 
 
 def _te_attention(query: Tensor, key: Tensor, value: Tensor, *mask: Any) -> Callable[[], Any]:
@@ -427,5 +428,5 @@ OPTIMIZER_STEP = (*torch_optimizers(whole="torch"), _deepspeed(whole="deepspeed"
 PACKAGES = ("triton", "flash_attn", "liger_kernel", "apex", "transformer_engine", "megatron", "deepspeed")
 ASKED_ON_CPU = ("torch-compile", "deepspeed")
 """Contenders that compile for minutes on CPU: only where --impl names them."""
-ASKED_ON_GPU = ("reference",)
-"""What all are compared with; at the sizes of a GPU its scores fill the memory."""
+ASKED_ON_GPU = ("reference", "deepspeed")
+"""What all are compared with, since at the sizes of a GPU its scores fill the memory; and what compiles."""

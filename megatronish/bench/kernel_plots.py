@@ -73,6 +73,7 @@ def _shares(result: dict[str, Any]) -> Any:
             axes.barh(place, row["fraction_of_limit"], color=_COLORS.get(row["implementation"], "silver"))
     axes.set_yticks([place for place, (_, row) in enumerate(bars) if row], [name for name, row in bars if row], fontsize=7)
     axes.axvline(1.0, color="black", linestyle="--")
+    axes.set_xlim(0, 1.5)  # what is in a cache may be far beyond
     axes.set_ylim(len(bars), -1)
     axes.set_xlabel("share of the limit: the time that copy bandwidth or matrix rate allows / its time")
     axes.set_title(_title(result))

@@ -70,7 +70,9 @@ def _caption(result: dict[str, Any]) -> str:
     """What is not in the table, and why."""
     lines = []
     if result["device_kind"] == "cpu":
-        lines.append("on CPU nothing empties the caches: what fits into them may be above the rate of a copy")
+        lines.append(
+            f"on CPU nothing empties the caches: what fits into them may be above the rate of a copy; load {result['load']:.1f}"
+        )
     for item in result["missing"]:
         lines.append(f"not run: {item['implementation']}: {item['reason']} ({', '.join(item['ops'])})")
     if result["asked"]:

@@ -4,13 +4,16 @@ A contender first does the case, or a smaller one of the same kind where float64
 by the rule that dispatch.py admits by; one that is off is shown as WRONG and not timed. The others take turns, in every round each
 as often as its length allows; so do a matrix product and a copy, which are the limits. All numbers are medians over rounds.
 
-    result: bench, device, device_kind, dtype, shapes, rounds, date, versions, limits, rows, missing, left_out, wrong
+    result  bench, device, device_kind, threads, dtype, shapes, rounds, load, date, versions, limits, rows,
+            missing (what did not run, and why), left_out (cases, for lack of time), wrong (bodies), asked (contenders that run only
+            where --impl names them)
     row     op, dims, pass, implementation, kind (body, peer, limit), status (ok, WRONG, refused, failed), reason, error,
             milliseconds, tflops, gigabytes_per_second, fraction_of_limit, bound, times_torch, extra_bytes
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -91,6 +94,7 @@ def measure(
         "dtype": next(name for name, of in DTYPES.items() if of == dtype),
         "shapes": bench.shapes or default_shapes(device),
         "rounds": bench.rounds,
+        "load": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
         "versions": _versions(),
         "limits": limits.summary(),

@@ -51,15 +51,17 @@ def results_and_gradients(
     *,
     differentiable: Sequence[int] = (),
     mutated: Sequence[int] = (),
+    upstream: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(results and what was written, gradients of the arguments at `differentiable`), for upstream gradients of fixed values. The
-    arguments stay as they are."""
+    """(results and what was written, gradients of the arguments at `differentiable`), for fixed upstream gradients: `ramp`, or by
+    another function of the results. The arguments stay as they are."""
+    upstream = upstream or ramp
     given = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
     leaves = [given[i].requires_grad_() for i in differentiable]
     returned = function(*given)
     results = [returned] if isinstance(returned, Tensor) else list(returned or ())
     results += [given[i] for i in mutated if given[i] is not None]
-    gradients = torch.autograd.grad(results, leaves, [ramp(r) for r in results]) if leaves else ()
+    gradients = torch.autograd.grad(results, leaves, [upstream(r) for r in results]) if leaves else ()
     return [r.detach() for r in results], list(gradients)
 
 
@@ -67,3 +69,11 @@ def ramp(like: Tensor) -> Tensor:
     """-1 to 1 over the elements, with the dtype and strides of `like`."""
     values = torch.linspace(-1, 1, like.numel(), dtype=torch.float64, device=like.device).view(like.shape)
     return torch.empty_like(like).copy_(values)
+
+
+def noise(like: Tensor) -> Tensor:
+    """Normal, the same in every dtype, with the dtype and strides of `like`. Sums of many rows of a ramp cancel, and what is left
+    is all rounding."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    values = torch.randn(like.shape, generator=generator, device=like.device)
+    return torch.empty_like(like).copy_(values.bfloat16())
