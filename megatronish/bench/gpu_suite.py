@@ -44,10 +44,10 @@ class Part:
 
 
 PARTS: dict[str, Part] = {
-    "limits": Part("megatronish.bench.suite_parts:limits", 20),
+    "limits": Part("megatronish.bench.suite_parts:limits", 30),
     "kernels": Part("megatronish.bench.suite_parts:kernels", 130),
     "training": Part("megatronish.bench.suite_parts:training", 280),
-    "adamw": Part("megatronish.bench.suite_parts:adamw", 30),
+    "adamw": Part("megatronish.bench.suite_parts:adamw", 40),
     "startup": Part("megatronish.bench.suite_parts:startup", 50),
     "sanitizer": Part("megatronish.bench.suite_parts:sanitizer", 50),
 }
