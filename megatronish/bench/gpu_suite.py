@@ -44,10 +44,10 @@ class Part:
 
 
 PARTS: dict[str, Part] = {
-    "limits": Part("megatronish.bench.suite_parts:limits", 20),
-    "kernels": Part("megatronish.bench.suite_parts:kernels", 150),
-    "training": Part("megatronish.bench.suite_parts:training", 230),
-    "adamw": Part("megatronish.bench.suite_parts:adamw", 30),
+    "limits": Part("megatronish.bench.suite_parts:limits", 30),
+    "kernels": Part("megatronish.bench.suite_parts:kernels", 130),
+    "training": Part("megatronish.bench.suite_parts:training", 280),
+    "adamw": Part("megatronish.bench.suite_parts:adamw", 40),
     "startup": Part("megatronish.bench.suite_parts:startup", 50),
     "sanitizer": Part("megatronish.bench.suite_parts:sanitizer", 50),
 }
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
 
     console = Console(width=132)
     for shown in show(file):
-        console.print(shown, highlight=False)
+        console.print(shown, highlight=False, markup=False)
     print(f"wrote {file}; `megatronish bench show {file}` prints it")
     return 1 if any("error" in part for part in result["parts"].values()) else 0
 

@@ -95,7 +95,7 @@ def suite(result: dict[str, Any], file: Path) -> Parts:
             if "error" not in part:
                 raise
             shown = []  # it did not come far
-        parts += [f"\n[bold]{name}[/bold]", *shown, *failure(part)]
+        parts += [f"\n== {name}", *shown, *failure(part)]
     return [*parts, "", *summary(result)]
 
 

@@ -56,7 +56,9 @@ def check_peer(config: Config) -> None:
 
 def _settings(config: Config) -> dict[str, Any]:
     interop = {"llama": llama, "gpt2": gpt2}[config.model.architecture]
-    return interop.write_config(config.model, config.data.sequence_length) | {"vocab_size": config.model.padded_vocab_size}
+    # Their defaults for the ends of texts are not in every vocabulary.
+    others = {"vocab_size": config.model.padded_vocab_size, "bos_token_id": None, "eos_token_id": None}
+    return interop.write_config(config.model, config.data.sequence_length) | others
 
 
 def _model(config: Config) -> nn.Module:

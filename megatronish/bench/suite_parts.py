@@ -175,17 +175,36 @@ def _kernels(request: Request, wanted: Any) -> None:
 
     torch.set_num_threads(num_cores())
     names = [name for name in OPS if wanted(name)]
-    bench = KernelsBench(ops=names, device=streams.choose_device(0, 1), rounds=7 if request.on_gpu else 2)
+    device = streams.choose_device(0, 1)
+    result: dict[str, Any] = {}
 
     def on_case(name: str, done: int, total: int) -> None:
         if name:
-            request.tell(f"{name} ({done + 1} of {total})")
+            request.tell(name)
 
-    result = measure(bench, on_case, seconds=request.seconds_left)
-    request.save(result)
+    for name in names:  # one by one: what is done is kept, should a later one hang
+        bench = KernelsBench(ops=[name], device=device, rounds=7 if request.on_gpu else 2)
+        result = joined(result, measure(bench, on_case, seconds=max(0.0, request.seconds_left)))
+        request.save(result)
     if result["wrong"]:
         print(f"wrong results: {'; '.join(result['wrong'])}", file=sys.stderr)
         sys.exit(1)
+
+
+def joined(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Two results of `bench kernels` on other ops of one device as one; the limits are the means over ops that were measured."""
+    if not before:
+        return {**more, "limits_of_ops": [more["limits"]]}
+    lists = {key: before[key] + more[key] for key in ("rows", "left_out", "wrong")}
+    missing = {(row["implementation"], row["reason"]): row for row in (dict(row) for row in before["missing"])}
+    for row in more["missing"]:
+        known = missing.setdefault((row["implementation"], row["reason"]), {**row, "ops": []})
+        known["ops"] = known["ops"] + row["ops"]
+    of_ops = [*before["limits_of_ops"], more["limits"]]
+    rates = {key: [limits[key] for limits in of_ops if limits[key] is not None] for key in more["limits"]}
+    limits = {key: statistics.mean(values) if values else None for key, values in rates.items()}
+    asked = list(dict.fromkeys(before["asked"] + more["asked"]))
+    return {**before, **lists, "missing": list(missing.values()), "asked": asked, "limits": limits, "limits_of_ops": of_ops}
 
 
 def startup(request: Request) -> None:

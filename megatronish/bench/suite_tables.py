@@ -15,17 +15,17 @@ Result = dict[str, Any]
 
 def failure(part: Result) -> Parts:
     """What a part that failed says."""
-    return [f"failed after {part['part_seconds']:.0f} s: {_plain(part['error'])}"] if "error" in part else []
+    return [f"failed after {part['part_seconds']:.0f} s: {part['error']}"] if "error" in part else []
 
 
 def summary(result: Result) -> list[str]:
     """What to take from it, a line each."""
-    parts, lines = result["parts"], ["[bold]Which kernel, and how far from the limit[/bold]"]
+    parts, lines = result["parts"], ["== which kernel, and how far from the limit"]
     for name in ("kernels", "adamw"):
         lines += _fastest_rows(parts.get(name, {}))
     for name, row in parts.get("training", {}).get("models", {}).items():
         if "error" in row:
-            lines.append(f"training {name}: failed: {_plain(row['error'])}")
+            lines.append(f"training {name}: failed: {row['error']}")
             continue
         mfu = row["mfu"]["megatronish"]
         lines.append(
@@ -33,7 +33,7 @@ def summary(result: Result) -> list[str]:
             f"model's; {row['fraction_of_matrix_rate']['megatronish']:.2f} of the matrix rate"
             + ("" if mfu is None else f", MFU {mfu:.2f} of the published peak")
         )
-    failed = [f"{name}: {_plain(part['error'])}" for name, part in parts.items() if "error" in part]
+    failed = [f"{name}: {part['error']}" for name, part in parts.items() if "error" in part]
     return lines + [f"failed: {line}" for line in failed]
 
 
@@ -77,10 +77,10 @@ def training(part: Result) -> Parts:
     parts: Parts = []
     for name, row in part["models"].items():
         parts.append(
-            f"{name}: " + (f"failed: {_plain(row['error'])}" if "error" in row else f"{row['parameters'] / 1e6:,.0f} M parameters")
+            f"{name}: " + (f"failed: {row['error']}" if "error" in row else f"{row['parameters'] / 1e6:,.4g} M parameters")
         )
         if "error" not in row:
-            parts += [*tables.step(row), *(f"kernels: {_plain(line)}" for line in row["kernels"])]
+            parts += [*tables.step(row), *row["kernels"]]
     return parts
 
 
@@ -94,7 +94,7 @@ def startup(part: Result) -> Parts:
             f"{name} cache, {part['body']}", f"{start['process_seconds']:.1f}", f"{slowest} {calls.get(slowest, 0):.2f} s"
         )
     build = part.get("native_build", {})
-    seconds = f"{build['seconds']:.0f} s" if "seconds" in build else f"not measured: {_plain(build.get('reason', 'not reached'))}"
+    seconds = f"{build['seconds']:.0f} s" if "seconds" in build else f"not measured: {build.get('reason', 'not reached')}"
     return [table, f"native build from nothing: {seconds}"]
 
 
@@ -104,11 +104,7 @@ def sanitizer(part: Result) -> Parts:
     right = sum(not row["wrong"] and not row["refused"] for row in rows)
     refused = sorted({f"{row['body']}: {row['refused']}" for row in rows if row["refused"]})
     lines: Parts = [f"{right} bodies equal the reference in float64 on their sample inputs, within roundings"]
-    lines += [f"WRONG {row['op']} {row['body']} {row['dtype']}: {_plain(row['wrong'])}" for row in rows if row["wrong"]]
-    lines += [f"not run: {_plain(line)}" for line in refused]
-    lines += [f"compute-sanitizer {name}: {_plain(row.get('error') or row['summary'])}" for name, row in part["tools"].items()]
+    lines += [f"WRONG {row['op']} {row['body']} {row['dtype']}: {row['wrong']}" for row in rows if row["wrong"]]
+    lines += [f"not run: {line}" for line in refused]
+    lines += [f"compute-sanitizer {name}: {row.get('error') or row['summary']}" for name, row in part["tools"].items()]
     return lines + ([f"compute-sanitizer: not run: {part['reason']}"] if "reason" in part else [])
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")

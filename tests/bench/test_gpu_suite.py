@@ -83,6 +83,26 @@ def test_limits_and_training_on_cpu_are_the_real_ones(tmp_path: Path, monkeypatc
     assert all(bench.num_ranks == 1 and not bench.compiled and bench.seconds < 60 for bench in seen.values())
 
 
+def test_kernels_are_measured_op_by_op_and_what_is_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(bench: Any, on_case: Any, seconds: float) -> dict[str, Any]:
+        (op,) = bench.ops
+        if op == "swiglu":
+            raise RuntimeError("the card fell out")
+        missing = [{"implementation": "cuda", "reason": "tensors on CPU", "ops": [op]}]
+        lists = {"rows": [op], "left_out": [], "wrong": [], "missing": missing, "asked": ["deepspeed"]}
+        return {"bench": "kernels", **lists, "limits": {"matrix_tflops": 1.0 if op == "rms_norm" else 3.0, "copy": None}}
+
+    monkeypatch.setattr("megatronish.bench.kernel_ops.OPS", dict.fromkeys(("rms_norm", "square_sum", "adamw", "swiglu")))
+    monkeypatch.setattr("megatronish.bench.kernels.measure", measure)
+    request = Request("cpu", tmp_path / "out.json", 100)
+    with pytest.raises(RuntimeError):
+        suite_parts.kernels(request)
+    kept = json.loads(request.out.read_text())
+    assert kept["rows"] == ["rms_norm", "square_sum"] and kept["asked"] == ["deepspeed"]
+    assert kept["missing"] == [{"implementation": "cuda", "reason": "tensors on CPU", "ops": ["rms_norm", "square_sum"]}]
+    assert kept["limits"] == {"matrix_tflops": 2.0, "copy": None}
+
+
 def test_models_of_the_suite_are_what_they_are_called() -> None:
     sizes = {}
     for name, (file, settings) in suite_parts.MODELS.items():
