@@ -74,8 +74,9 @@ def cases(config: Config, tp_size: int) -> list[Case]:
     else:
         make["layer_norm"] = partial(_norm, num_parameters=2)
         make |= {"gelu": _gelu}
-    if any(config.parallel.recompute_of(stage) != "selective" for stage in range(config.parallel.pipeline)):
-        # Elsewhere the norm is made again for backward, from the sum alone.
+    recomputed = [config.parallel.recompute_of(stage) for stage in range(config.parallel.pipeline)]
+    if not config.model.dropout and any(mode != "selective" for mode in recomputed):
+        # Dropout takes the sum to itself; a norm that is made again for backward is made from the sum.
         make |= {f"add_{name}": partial(_add_norm, norm=call) for name, call in make.items() if name.endswith("norm")}
     if config.model.dropout:
         make["bias_gelu_dropout_add"] = _dropout_add

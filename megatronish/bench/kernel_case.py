@@ -89,9 +89,9 @@ def run_case(case: Case, *, rounds: int, limits: Limits, watch: Stopwatch) -> li
 
 def _add_rates(rows: Sequence[dict[str, Any]], work: Work, limits: Limits, matrix: list[float], copy: list[float]) -> None:
     """What the times say, where there are any. A row that is a limit bounds the others."""
-    torch_ms: list[float] = next(
-        (r["all_milliseconds"] for r in rows if r["implementation"] == "torch" and r["kind"] == "body"), []
-    )
+    # Of optimizers, which have no body of torch: its fused one.
+    plain = ("torch", "torch-fused")
+    torch_ms: list[float] = next((r["all_milliseconds"] for r in rows if r["implementation"] in plain), [])
     least, bound = limits.seconds_of(work, matrix, copy) if matrix else (0.0, "")
     for row in rows:
         if row["kind"] == "limit" and row["all_milliseconds"]:

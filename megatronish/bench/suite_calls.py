@@ -31,8 +31,8 @@ def call_all(impls: Sequence[str], dtypes: Sequence[str], device: torch.device) 
     for kernel in KERNELS.values():
         bodies = bodies_of(kernel.chosen_as)
         for name in bodies if len(bodies) > 1 else ():
-            # AdamW's CUDA kernel is part of the `torch` body.
-            also = name == "torch" and kernel.name == "adamw" and "cuda" in impls
+            # The optimizer's CUDA kernels are its `native` body.
+            also = name == "native" and "cuda" in impls
             if name == "reference" or (impls and name not in impls and not also):
                 continue
             for dtype in dtypes:

@@ -121,13 +121,13 @@ def test_a_body_that_is_wrong_or_breaks_is_told_from_one_that_refuses(monkeypatc
         "gelu": "tensors on CPU",
     }
     monkeypatch.setattr("megatronish.bench.suite_calls.why_not", lambda kernel, *rest: said.get(kernel.name))
-    rows = {row["op"]: row for row in call_all(["torch"], ["float32"], torch.device("cpu"))}
+    rows = {row["op"]: row for row in call_all(["torch", "native"], ["float32"], torch.device("cpu"))}
     assert rows["rms_norm"]["wrong"] and rows["swiglu"]["wrong"] and not rows["gelu"]["wrong"] and rows["gelu"]["refused"]
     assert not rows["adamw"]["wrong"] and not rows["adamw"]["refused"]
 
 
 def test_every_op_with_several_bodies_is_called_and_right() -> None:
-    rows = list(call_all(["torch"], ["float32"], torch.device("cpu")))
+    rows = list(call_all(["torch", "native"], ["float32"], torch.device("cpu")))
     assert {row["op"] for row in rows} == {name for name, row in KERNELS.items() if len(bodies_of(row.chosen_as)) > 1}
     assert not any(row["wrong"] or row["refused"] for row in rows)
 

@@ -98,10 +98,10 @@ def test_the_table_the_pictures_and_show_have_all_that_was_timed(result: dict[st
     file.write_text(json.dumps(result))
     assert _texts(show.show(file)[0]) == text
     file.write_text(
-        json.dumps({"suite": "gpu", "device": "G", "date": "D", "parts": {"kernels": result, "sanitizer": {"ok": True}}})
+        json.dumps({"suite": "gpu", "device": "G", "date": "D", "parts": {"kernels": result, "of tomorrow": {"ok": True}}})
     )
     parts = show.show(file)
-    assert parts[0] == "gpu suite, G, D" and _texts(parts[2]) == text and '"ok": true' in str(parts[-1])
+    assert parts[0] == "gpu suite, G, D" and _texts(parts[2]) == text and any('"ok": true' in str(part) for part in parts)
 
 
 def test_a_wrong_body_is_reported_and_not_timed(shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +136,8 @@ def test_an_optimizer_that_does_another_step_is_wrong(shapes: str, monkeypatch: 
     op = OPS["optimizer_step"]
     twice = kernel_peers.Contender("twice", lambda weights, gradients: lambda: weights.sub_(2e-3 * gradients.sign()))
     monkeypatch.setitem(OPS, "optimizer_step", replace(op, peers=(twice,)))
-    found = measure(KernelsBench(ops=("optimizer_step",), impls=("twice", "torch"), shapes=shapes, rounds=1, device=CPU))
-    assert {row["implementation"]: row["status"] for row in found["rows"]} == {"torch": "ok", "twice": "WRONG"}
+    found = measure(KernelsBench(ops=("optimizer_step",), impls=("twice", "native"), shapes=shapes, rounds=1, device=CPU))
+    assert {row["implementation"]: row["status"] for row in found["rows"]} == {"native": "ok", "twice": "WRONG"}
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
@@ -173,7 +173,7 @@ def _check_bytes(op: kernel_ops.BenchOp, dims: Any, arguments: Any, results: lis
         again = sum(arguments[i].numel() * 2 for i in op.differentiable) if kept else 0
         out = results[0].numel() * 2 if op.name.startswith("attention") else 0
         if op.name == "split_rotary":
-            again = sum(table.numel() * 4 for table in arguments[1:])
+            again = sum(table.numel() * 4 for table in arguments[1:3])
         assert work["backward"].bytes == pytest.approx(moved + again + out, rel=0.04)
 
 
