@@ -1,6 +1,6 @@
 """`python -m megatronish.bench.gpu_suite`: all that one GPU can be asked, in one command, within nine minutes.
 
-    describe -> limits -> kernels -> training -> adamw -> startup -> sanitizer -> table, and RESULTS/DEVICE-DATE.json
+    describe -> limits -> kernels -> training -> adamw -> startup -> sanitizer -> unproven -> table, and RESULTS/DEVICE-DATE.json
                 (each part is a process of its own, with its share of the time that is left)
 
 A part that crashes or hangs is recorded with its error, and the rest goes on; the file is written after each part. Without a GPU,
@@ -50,6 +50,7 @@ PARTS: dict[str, Part] = {
     "adamw": Part("megatronish.bench.suite_parts:adamw", 40),
     "startup": Part("megatronish.bench.suite_parts:startup", 50),
     "sanitizer": Part("megatronish.bench.suite_parts:sanitizer", 50),
+    "unproven": Part("megatronish.bench.suite_parts:unproven", 20),
 }
 """In this order: what a first look needs comes first."""
 

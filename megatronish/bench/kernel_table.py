@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from megatronish.bench.kernel_shapes import describe
 
@@ -43,7 +44,7 @@ def render(result: dict[str, Any]) -> Table:
             continue
         bound = shown[0]["bound"]
         table.add_section()
-        table.add_row(f"[bold]{name}[/bold]" + (f" ({bound} bound)" if bound else ""))
+        table.add_row(Text.assemble((name, "bold"), f" ({bound} bound)" if bound else ""))
         for row in sorted(shown, key=lambda row: row["milliseconds"] or float("inf")):
             table.add_row(*_cells(row))
     return table

@@ -35,6 +35,7 @@ from megatronish.bench.limits import Limits
 from megatronish.bench.workers import processor_name
 from megatronish.comm import stopwatch, streams
 from megatronish.errors import UserError
+from megatronish.kernels.registry import only_by_name
 from megatronish.packages import find_package
 
 __all__ = ["DTYPES", "KernelsBench", "measure", "plot", "render", "summary"]
@@ -124,6 +125,8 @@ def _cases(bench: KernelsBench, device: torch.device) -> tuple[list[Case], list[
     if strange := [name for name in bench.impls if name not in known]:
         raise UserError(f"--impl {strange[0]}: these ops have no such implementation; they have {', '.join(known)}")
     asked = [] if bench.impls else list(kernel_peers.ASKED_ON_CPU if device.type == "cpu" else kernel_peers.ASKED_ON_GPU)
+    if not bench.impls:
+        asked += only_by_name(choice for op in contenders for choice in OPS[op].choices)
 
     def runs(contender: Contender) -> bool:
         return contender.is_limit or (contender.name in bench.impls if bench.impls else contender.name not in asked)

@@ -16,7 +16,7 @@ import torch
 
 from megatronish.comm import streams
 from megatronish.kernels.dispatch import why_not
-from megatronish.kernels.registry import bodies_of
+from megatronish.kernels.registry import bodies_of, only_by_name
 from megatronish.kernels.table import KERNELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,10 +30,11 @@ def call_all(impls: Sequence[str], dtypes: Sequence[str], device: torch.device) 
     matrix products, are torch's alone."""
     for kernel in KERNELS.values():
         bodies = bodies_of(kernel.chosen_as)
+        left_out = ["reference", *(() if impls else only_by_name([kernel.chosen_as]))]
         for name in bodies if len(bodies) > 1 else ():
             # The optimizer's CUDA kernels are its `native` body.
             also = name == "native" and "cuda" in impls
-            if name == "reference" or (impls and name not in impls and not also):
+            if name in left_out or (impls and name not in impls and not also):
                 continue
             for dtype in dtypes:
                 begun = streams.wall_time(device)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,15 @@ def kernels(request: Request) -> None:
     _kernels(request, lambda op: not _is_optimizer(op))
 
 
+def unproven(request: Request) -> None:
+    """Bodies that run only where they are named, since they may wait for ever, beside those that they would replace."""
+    from megatronish.bench.kernel_ops import OPS
+    from megatronish.kernels.registry import only_by_name
+
+    names = only_by_name(choice for op in OPS.values() for choice in op.choices)
+    _kernels(request, lambda op: bool(only_by_name(OPS[op].choices)), impls=("torch", "triton", *names))
+
+
 def adamw(request: Request) -> None:
     """AdamW and the whole optimizer step, likewise."""
     _kernels(request, _is_optimizer)
@@ -169,7 +179,7 @@ def _is_optimizer(op: str) -> bool:
     return op.startswith(("adamw", "optimizer"))
 
 
-def _kernels(request: Request, wanted: Any) -> None:
+def _kernels(request: Request, wanted: Callable[[str], bool], *, impls: Sequence[str] = ()) -> None:
     from megatronish.bench.kernel_ops import OPS
     from megatronish.bench.kernels import KernelsBench, measure
 
@@ -183,7 +193,7 @@ def _kernels(request: Request, wanted: Any) -> None:
             request.tell(name)
 
     for name in names:  # one by one: what is done is kept, should a later one hang
-        bench = KernelsBench(ops=[name], device=device, rounds=7 if request.on_gpu else 2)
+        bench = KernelsBench(ops=[name], impls=impls, device=device, rounds=7 if request.on_gpu else 2)
         result = joined(result, measure(bench, on_case, seconds=max(0.0, request.seconds_left)))
         request.save(result)
     if result["wrong"]:

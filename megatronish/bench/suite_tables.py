@@ -21,7 +21,7 @@ def failure(part: Result) -> Parts:
 def summary(result: Result) -> list[str]:
     """What to take from it, a line each."""
     parts, lines = result["parts"], ["== which kernel, and how far from the limit"]
-    for name in ("kernels", "adamw"):
+    for name in ("kernels", "adamw", "unproven"):
         lines += _fastest_rows(parts.get(name, {}))
     for name, row in parts.get("training", {}).get("models", {}).items():
         if "error" in row:

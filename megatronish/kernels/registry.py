@@ -127,6 +127,12 @@ def bodies_of(choice: str) -> dict[str, list[Implementation]]:
     return found
 
 
+def only_by_name(choices: Iterable[str]) -> list[str]:
+    """Bodies of these choices that run only where they are named."""
+    found = (item for choice in choices for item in bodies_of(choice).items())
+    return list(dict.fromkeys(name for name, bodies in found if any(body.only_by_name for body in bodies)))
+
+
 def choices() -> list[str]:
     """Names of all choices: those of ops that have more than one body."""
     return list(dict.fromkeys(op.choice for op in _ops.values() if len(op.bodies) > 1))
