@@ -20,7 +20,8 @@ from megatronish.batch import Batch
 from megatronish.comm import Group
 from megatronish.comm.streams import PhaseClock
 from megatronish.config import Config
-from megatronish.deepspeed_engine import EngineGradients, EngineOptimizer, EngineStage, EngineTrainer
+from megatronish.deepspeed_engine import EngineOptimizer, EngineStage, EngineTrainer
+from megatronish.deepspeed_tensors import EngineGradients
 from megatronish.layout import ParamLayout
 from megatronish.models import MODELS
 from megatronish.models.layers import place_dropout

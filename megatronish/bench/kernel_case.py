@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.bench.kernel_ops import BenchOp, Work
+from megatronish.bench.kernel_op import BenchOp, Work
 from megatronish.bench.kernel_peers import Contender
 from megatronish.bench.kernel_shapes import Dims
 from megatronish.bench.limits import Limits

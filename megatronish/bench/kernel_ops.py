@@ -13,93 +13,28 @@ arithmetic operation or function, roughly (they only place a point in the roofli
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatronish.bench import adamw, kernel_peers
-from megatronish.bench.kernel_peers import Contender, calls, eager_and_compiled
+from megatronish.bench import adamw, kernel_peers, optimizer_peers
+from megatronish.bench.kernel_op import BenchOp, Work, drawing
+from megatronish.bench.kernel_peers import Contender, eager_and_compiled
 from megatronish.bench.kernel_shapes import Dims
 from megatronish.kernels import cross_entropy, linear, rotary
 from megatronish.kernels.linear_cross_entropy import Gradients, linear_cross_entropy
-from megatronish.kernels.registry import accumulate_dtype, bodies_of
+from megatronish.kernels.registry import accumulate_dtype
 from megatronish.kernels.rotary_tables import rotary_tables
 from megatronish.kernels.table import KERNELS
-
-
-class Work(NamedTuple):
-    """Of one call."""
-
-    flops: float
-    bytes: float
-
-
-@dataclass(frozen=True)
-class BenchOp:
-    """One op. Its contenders are all bodies of `choices`, each forced, and `peers`."""
-
-    name: str
-    choices: tuple[str, ...]
-    """Keys of a config's `kernels`."""
-    make: Callable[[Dims, torch.dtype, str], tuple[Any, ...]]
-    """(dims, dtype, device) -> arguments."""
-    function: Callable[..., Any]
-    reference: Callable[..., Any]
-    work: Callable[[Dims, int], dict[str, Work]]
-    """(dims, bytes of an element) -> by pass."""
-    widest: Callable[[Dims], int]
-    """Elements of the largest tensor that the reference makes in float64."""
-    cut: tuple[tuple[str, ...], ...]
-    """Dimensions that a smaller case of the same kind has less of, together, in this order."""
-    differentiable: tuple[int, ...] = ()
-    peers: tuple[Contender, ...] = ()
-    rounded_to: Callable[[torch.dtype], torch.dtype | None] = lambda dtype: None
-    """(dtype of the bench) -> what values inside are rounded to, where that is narrower than the results."""
-    refresh: Callable[..., Any] = lambda *arguments: None
-    """Before each call, which is not timed."""
-    bind: Callable[..., Callable[[], Any]] | None = None
-    """Of a body, where it is not a call of `function`."""
-    errors: Callable[[Contender, tuple[Any, ...]], dict[str, float]] | None = None
-    """(contender, arguments) -> by pass, its error in units of what is allowed; where comparing with `reference` is not enough."""
-
-    def contenders(self) -> list[Contender]:
-        """Bodies first."""
-        # A package may be the body of one kind of attention and a peer of another.
-        peers = {peer.name for peer in self.peers}
-        names = [name for name in dict.fromkeys(n for choice in self.choices for n in bodies_of(choice)) if name not in peers]
-        bind = self.bind or calls(self.function)
-        bodies = [Contender(name, bind, forced=dict.fromkeys(self.choices, name)) for name in names]
-        return bodies + list(self.peers)
-
-    def small(self, dims: Dims, most: int) -> Dims:
-        """The case, or one with fewer samples, heads, tokens, such that the reference's widest tensor has at most `most`
-        elements."""
-        now = dict(dims)
-        for group in self.cut:
-            while self.widest(now) > most and all(now[name] > 1 and now[name] % 2 == 0 for name in group):
-                less = {**now, **{name: now[name] // 2 for name in group}}
-                if self.widest(less) == self.widest(now):
-                    break
-                now = less
-        if self.widest(now) > most:  # an odd size
-            name = self.cut[-1][0]
-            now[name] = max(1, now[name] * most // self.widest(now))
-        return now
-
-
-def _draw(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    return partial(torch.randn, generator=torch.Generator(device).manual_seed(0), dtype=dtype, device=device)
-
 
 # Attention
 
 
 def _qkv(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    draw = _draw(device, dtype)
+    draw = drawing(device, dtype)
     return tuple(draw(dims["S"], dims["B"], dims[heads], dims["K"]) for heads in ("H", "G", "G"))
 
 
@@ -194,7 +129,7 @@ def _wide_rows(dims: Dims) -> int:
 
 def _norm(parameters: int) -> Callable[[Dims, torch.dtype, str], tuple[Any, ...]]:
     def make(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-        draw = _draw(device, dtype)
+        draw = drawing(device, dtype)
         return (draw(dims["T"], dims["D"]), *(draw(dims["D"]) for _ in range(parameters)), 1e-5)
 
     return make
@@ -208,7 +143,7 @@ def _packed(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     S, B, H, G, K = (dims[name] for name in ("S", "B", "H", "G", "K"))
     positions = torch.arange(S, device=device)[:, None].expand(S, B)
     tables = rotary_tables(positions, size=K, theta=10000.0, dtype=dtype)
-    return (_draw(device, dtype)(S, B, G, H // G + 2, K), *tables, False)
+    return (drawing(device, dtype)(S, B, G, H // G + 2, K), *tables, False)
 
 
 def _packed_elements(dims: Dims) -> int:
@@ -216,7 +151,7 @@ def _packed_elements(dims: Dims) -> int:
 
 
 def _dropout_inputs(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    return _draw(device, dtype)(dims["T"], 1, dims["D"]), torch.arange(1, device=device), 1, 0, 1, _RATE
+    return drawing(device, dtype)(dims["T"], 1, dims["D"]), torch.arange(1, device=device), 1, 0, 1, _RATE
 
 
 # Losses
@@ -225,7 +160,7 @@ def _dropout_inputs(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, .
 def _logits(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(1)
     labels_T = torch.randint(dims["V"], (dims["T"],), generator=generator, device=device)
-    return _draw(device, dtype)(dims["T"], dims["V"]), labels_T
+    return drawing(device, dtype)(dims["T"], dims["V"]), labels_T
 
 
 def _losses(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +183,7 @@ def _cross_entropy_reference(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tenso
 
 
 def _projected(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    draw, T, D, V = _draw(device, dtype), dims["T"], dims["D"], dims["V"]
+    draw, T, D, V = drawing(device, dtype), dims["T"], dims["D"], dims["V"]
     return draw(T, D), draw(V, D) * D**-0.5, _logits({"T": T, "V": V}, dtype, device)[1], dims["C"]
 
 
@@ -284,7 +219,7 @@ def _linear_loss_work(dims: Dims, size: int) -> dict[str, Work]:
 
 def _state(dims: Dims, dtype: torch.dtype, device: str, *, in_halves: bool = False) -> tuple[Tensor, ...]:
     """(weights, gradients), or (bfloat16 weights, remainders, gradients); float32 in any dtype of the bench."""
-    draw = _draw(device, torch.float32)
+    draw = drawing(device, torch.float32)
     weights, gradients = draw(dims["N"]), draw(dims["N"]) * 0.01
     if in_halves:
         return weights.bfloat16(), torch.zeros(dims["N"], dtype=torch.int16, device=device), gradients
@@ -332,7 +267,7 @@ def _optimizer(
 
 def _gradients(dims: Dims, dtype: torch.dtype, device: str) -> tuple[list[Tensor]]:
     N = dims["N"]
-    return (list(_draw(device, torch.float32)(N).split(max(1, N // 8))),)
+    return (list(drawing(device, torch.float32)(N).split(max(1, N // 8))),)
 
 
 OPS: dict[str, BenchOp] = {
@@ -372,14 +307,14 @@ OPS: dict[str, BenchOp] = {
         ),
         _elementwise(
             "swiglu",
-            lambda dims, dtype, device: (_draw(device, dtype)(dims["T"], 2 * dims["F"]),),
+            lambda dims, dtype, device: (drawing(device, dtype)(dims["T"], 2 * dims["F"]),),
             {"forward": (5, 3), "backward": (10, 5)},
             elements=_wide_rows,
             peers=(*eager_and_compiled(KERNELS["swiglu"].reference), *kernel_peers.SWIGLU),
         ),
         _elementwise(
             "gelu",
-            lambda dims, dtype, device: (_draw(device, dtype)(dims["T"], dims["F"]),),
+            lambda dims, dtype, device: (drawing(device, dtype)(dims["T"], dims["F"]),),
             {"forward": (8, 2), "backward": (15, 3)},
             elements=_wide_rows,
             peers=eager_and_compiled(_gelu),
@@ -417,13 +352,13 @@ OPS: dict[str, BenchOp] = {
             lambda dims, size: {"forward": Work(2.0 * dims["N"], 4.0 * dims["N"])},
             lambda dims: dims["N"],
             (("N",),),
-            peers=kernel_peers.SQUARE_SUM,
+            peers=optimizer_peers.SQUARE_SUM,
             rounded_to=lambda dtype: torch.float32,
         ),
-        _optimizer("adamw", 28, partial(adamw.ours, kind="plain"), kernel_peers.ADAMW),
+        _optimizer("adamw", 28, partial(adamw.ours, kind="plain"), optimizer_peers.ADAMW),
         _optimizer("adamw_bf16", 30, partial(adamw.ours, kind="low")),
         _optimizer("adamw_16bit", 20, adamw.ours_in_halves, in_halves=True),
-        _optimizer("optimizer_step", 38, partial(adamw.ours, kind="whole"), kernel_peers.OPTIMIZER_STEP, group="whole step"),
+        _optimizer("optimizer_step", 38, partial(adamw.ours, kind="whole"), optimizer_peers.OPTIMIZER_STEP, group="whole step"),
     )
 }
 """By name, in the order in which they are measured."""

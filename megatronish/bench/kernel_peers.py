@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatronish.bench import adamw
 from megatronish.comm.groups import lone_communicator
 from megatronish.errors import UserError
 from megatronish.kernels.installed import refuses_cpu, refuses_package
@@ -77,7 +76,8 @@ def _first_tensor(arguments: Any) -> Tensor:
     return next(a for a in flat if isinstance(a, Tensor))
 
 
-def _module(name: str) -> Any:
+def load(name: str) -> Any:
+    """A module of a package that may not be there."""
     return importlib.import_module(name)
 
 
@@ -119,7 +119,7 @@ def _flash_attn(*, causal: bool) -> Contender:
     def attend(query: Tensor, key: Tensor, value: Tensor, *mask: Any) -> Tensor:
         window = (mask[-1] - 1, 0) if mask and mask[-1] else (-1, -1)
         given = [x.transpose(0, 1) for x in (query, key, value)]
-        return _module("flash_attn").flash_attn_func(*given, causal=causal, window_size=window).transpose(0, 1)
+        return load("flash_attn").flash_attn_func(*given, causal=causal, window_size=window).transpose(0, 1)
 
     return Contender("flash-attn", calls(attend), needs("flash_attn", "flash_attn.flash_attn_interface"))
 
@@ -151,7 +151,7 @@ FLEX = Contender("torch-flex", _flex, lambda *a: refuses_cpu(a[0]), backward_run
 
 def _te_attention(query: Tensor, key: Tensor, value: Tensor, *mask: Any) -> Callable[[], Any]:
     H, K = query.shape[2:]
-    kind = _module("transformer_engine.pytorch").DotProductAttention
+    kind = load("transformer_engine.pytorch").DotProductAttention
     attend = kind(H, K, num_gqa_groups=key.shape[2], attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal")
     return lambda: attend(query, key, value).unflatten(-1, (H, K))
 
@@ -210,7 +210,7 @@ def _load(path: Path) -> ModuleType:
 def _te_norm(kind: str) -> Bind:
     def bind(x: Tensor, *given: Any) -> Callable[[], Any]:
         *parameters, eps = given
-        module = getattr(_module("transformer_engine.pytorch"), kind)(x.shape[-1], eps=eps, device=x.device, dtype=x.dtype)
+        module = getattr(load("transformer_engine.pytorch"), kind)(x.shape[-1], eps=eps, device=x.device, dtype=x.dtype)
         named = dict(zip(("weight", "bias"), parameters, strict=False))
         return lambda: torch.func.functional_call(module, named, (x,))
 
@@ -236,7 +236,7 @@ LAYER_NORM = (
 
 
 def _liger_rope(qkv: Tensor, cos: Tensor, sin: Tensor) -> Callable[[], Any]:
-    rope = _module("liger_kernel.ops.rope").LigerRopeFunction.apply
+    rope = load("liger_kernel.ops.rope").LigerRopeFunction.apply
     # It wants [1, S, K]: positions are those of every sample.
     tables = [torch.cat((t, t), -1)[:, 0, 0][None] for t in (cos, sin)]
     q = qkv.shape[3] - 2
@@ -254,7 +254,7 @@ ROTARY = (Contender("liger", _liger_rope, needs("liger_kernel", "liger_kernel.op
 SWIGLU = (
     Contender(
         "liger",
-        calls(lambda x: _module("liger_kernel.ops.swiglu").LigerFusedGateUpSiLUMulFunction.apply(x)),
+        calls(lambda x: load("liger_kernel.ops.swiglu").LigerFusedGateUpSiLUMulFunction.apply(x)),
         needs("liger_kernel", "liger_kernel.ops.swiglu"),
     ),
 )
@@ -280,19 +280,19 @@ def _loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 def _liger_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    apply = _module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction.apply
+    apply = load("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction.apply
     return apply(logits_TV, labels_T, None, -100, 0.0, 0.0, "sum")[0]
 
 
 def _te_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    return _module("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy(logits_TV[None], labels_T[None]).sum()
+    return load("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy(logits_TV[None], labels_T[None]).sum()
 
 
 _MEGATRON = "megatron.core.fusions.fused_cross_entropy"
 
 
 def _megatron_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    fused = _module(_MEGATRON).fused_vocab_parallel_cross_entropy
+    fused = load(_MEGATRON).fused_vocab_parallel_cross_entropy
     return fused(logits_TV[:, None], labels_T[:, None], lone_communicator(logits_TV.device.type)).sum()
 
 
@@ -300,7 +300,7 @@ def _refuses_megatron(logits_TV: Tensor, *others: Any) -> str | None:
     if reason := refuses_cpu(logits_TV):
         return reason
     try:  # a namespace, which find_package does not know
-        _module(_MEGATRON)
+        load(_MEGATRON)
     except Exception as error:
         return f"the package megatron-core cannot be imported ({type(error).__name__})"
     # Its gradient is bfloat16 whatever it was given.
@@ -336,7 +336,7 @@ def _projected_loss(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, num_chunk
 
 
 def _liger_projected_loss(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, num_chunks: int) -> Tensor:
-    apply = _module("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction.apply
+    apply = load("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction.apply
     # With the weight's gradient summed in float32, as ours.
     return apply(x_TD, weight_VD, labels_T, None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)[0]
 
@@ -364,66 +364,6 @@ LINEAR_CROSS_ENTROPY = (
     ),
 )
 
-
-# Optimizers: (weights [N], gradients [N]) -> a step.
-
-SQUARE_SUM = eager_and_compiled(lambda tensors: torch.stack(torch._foreach_norm(tensors)).square().sum().double())
-
-
-def _optimizer(name: str, kind: Callable[[], Any], refuses: Callable[..., str | None], **how: Any) -> Contender:
-    """One with torch's constructor."""
-    n = adamw.NUMBERS
-
-    def make(given: Any) -> Any:
-        return kind()(given, lr=n.lr, betas=(n.beta1, n.beta2), eps=n.eps, weight_decay=n.weight_decay, **how)
-
-    return Contender(name, lambda weights, gradients: adamw.peer(make, weights, gradients), refuses)
-
-
-def torch_optimizers(*, whole: str = "") -> tuple[Contender, ...]:
-    """torch's fused and foreach AdamW; `whole`: with the rest of a step."""
-    return tuple(
-        Contender(f"torch-{how}", lambda w, g, how=how: adamw.peer(adamw.torch_adamw(**{how: True}), w, g, whole=whole))
-        for how in ("fused", "foreach")
-    )
-
-
-def _deepspeed(*, whole: str = "") -> Contender:
-    """CPUAdam on CPU, FusedAdam on GPU; either is compiled on first use, which takes a minute or two."""
-
-    def bind(weights: Tensor, gradients: Tensor) -> Callable[[], Any]:
-        if weights.device.type == "cpu":
-            make, reason = adamw.deepspeed_adam()
-            if make is None:
-                raise RuntimeError(reason)
-            return adamw.peer(make, weights, gradients, whole=whole)
-        n = adamw.NUMBERS
-        kind = _module("deepspeed.ops.adam").FusedAdam
-        numbers = {"lr": n.lr, "betas": (n.beta1, n.beta2), "eps": n.eps, "weight_decay": n.weight_decay}
-        how = {"adam_w_mode": True, "set_grad_none": False, **numbers}
-        return adamw.peer(lambda given: kind(given, **how), weights, gradients, whole=whole)
-
-    return Contender("deepspeed", bind, lambda *a: refuses_package("deepspeed"))
-
-
-ADAMW = (
-    *torch_optimizers(),
-    _deepspeed(),
-    _optimizer(
-        "apex",
-        lambda: _module("apex.optimizers").FusedAdam,
-        needs("apex", "amp_C", "apex.optimizers"),
-        adam_w_mode=True,
-        set_grad_none=False,
-    ),
-    _optimizer(
-        "transformer-engine",
-        lambda: _module("transformer_engine.pytorch.optimizers").FusedAdam,
-        needs("transformer_engine", "transformer_engine.pytorch.optimizers"),
-        adam_w_mode=True,
-    ),
-)
-OPTIMIZER_STEP = (*torch_optimizers(whole="torch"), _deepspeed(whole="deepspeed"))
 
 PACKAGES = ("triton", "flash_attn", "liger_kernel", "apex", "transformer_engine", "megatron", "deepspeed")
 ASKED_ON_CPU = ("torch-compile", "deepspeed")

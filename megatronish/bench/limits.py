@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatronish.bench.kernel_ops import Work
+from megatronish.bench.kernel_op import Work
 
 _MATRIX = {("cuda", 2): 8192, ("cuda", 4): 8192, ("cpu", 2): 256, ("cpu", 4): 512}
 """By bytes of an element: a processor without instructions for 16 bits is hundreds of times slower in them."""

@@ -16,7 +16,7 @@ from megatronish.kernels import (
     cached_attention,
     cross_entropy,
     dropout,
-    geglu,
+    gated,
     gelu,
     layer_norm,
     linear,
@@ -24,7 +24,6 @@ from megatronish.kernels import (
     rms_norm,
     rotary,
     square_sum,
-    swiglu,
 )
 from megatronish.kernels.adamw import AdamWNumbers
 
@@ -126,8 +125,8 @@ KERNELS: dict[str, Kernel] = {
             differentiable=(0, 1, 2, 3),
         ),
         Kernel("split_rotary", _split_rotary, rotary.reference, rotary.sample_inputs, differentiable=(0,)),
-        Kernel("swiglu", swiglu.swiglu, swiglu.reference, swiglu.sample_inputs, differentiable=(0,)),
-        Kernel("geglu", geglu.geglu, geglu.reference, geglu.sample_inputs, differentiable=(0,)),
+        Kernel("swiglu", gated.swiglu, gated.swiglu_reference, gated.sample_inputs, differentiable=(0,)),
+        Kernel("geglu", gated.geglu, gated.geglu_reference, gated.sample_inputs, differentiable=(0,)),
         Kernel("gelu", gelu.gelu, gelu.reference, gelu.sample_inputs, differentiable=(0,)),
         Kernel("attention", attention.attention, _attention_reference, attention.sample_inputs, differentiable=(0, 1, 2)),
         Kernel(

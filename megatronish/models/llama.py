@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatronish.config import ModelConfig
-from megatronish.kernels.geglu import geglu
-from megatronish.kernels.swiglu import swiglu
+from megatronish.kernels.gated import geglu, swiglu
 from megatronish.layout import Column, Plan, Replicated, Row, Vocab
 from megatronish.models.decoder import Decoder, Parts
 from megatronish.models.layers import Linear, RMSNorm

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from megatronish.bench import kernel_ops, kernel_peers, limits, show
 from megatronish.bench.cli import app
+from megatronish.bench.kernel_op import BenchOp
 from megatronish.bench.kernel_ops import OPS
 from megatronish.bench.kernel_shapes import DIMENSIONS, presets, shapes_of
 from megatronish.bench.kernel_table import fastest
@@ -161,7 +162,7 @@ def test_every_op_has_a_case_of_every_preset_and_counts_the_bytes_that_go_in_and
                 _check_bytes(op, dims, arguments, results, gradients)
 
 
-def _check_bytes(op: kernel_ops.BenchOp, dims: Any, arguments: Any, results: list[Tensor], gradients: list[Tensor]) -> None:
+def _check_bytes(op: BenchOp, dims: Any, arguments: Any, results: list[Tensor], gradients: list[Tensor]) -> None:
     """Statistics of rows, tables and documents are counted or not, and are small."""
     flat = [b for a in arguments for b in (a if isinstance(a, list) else [a]) if isinstance(b, Tensor)]
     work = op.work(dims, 2)

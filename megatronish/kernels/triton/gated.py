@@ -1,4 +1,4 @@
-"""SwiGLU and GeGLU, forward and backward. See kernels/swiglu.py and kernels/geglu.py.
+"""SwiGLU and GeGLU, forward and backward. See kernels/gated.py.
 
 Bound by memory: forward reads 2 elements and writes 1, backward reads 3 and writes 2. Computed in float32, rounded once.
 """
