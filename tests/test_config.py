@@ -403,25 +403,20 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("5", "parallel.zero_stage=3"),
     ),
-    "kernels.attention=triton has no float64": (
-        {"kernels": {"attention": "triton"}, "train": {"dtype": "float64"}},
+    "kernels.attention computes in train.dtype": (
+        {"kernels": {"attention": "cuda"}, "model": {"hidden_size": 512}},
         None,
-        ("triton", "train.dtype=float64"),
+        ("cuda", "train.dtype=float32", "bfloat16 or float16"),
     ),
-    "kernels.attention=triton takes heads of 8 to 256": (
+    "kernels.attention takes heads of this size": (
         {"kernels": {"attention": "triton"}, "model": {"hidden_size": 96}},
         None,
         ("model.hidden_size=96", "model.num_heads=8", "12", "multiples of 8"),
     ),
-    "kernels.attention=cuda computes in 16 bits": (
-        {"kernels": {"attention": "cuda"}, "train": {"dtype": "float32"}, "model": {"hidden_size": 512}},
+    "kernels.attention takes documents and dropout": (
+        {"kernels": {"attention": "triton-tma"}, "train": {"dtype": "bfloat16"}, "model": {"dropout": 0.1}},
         None,
-        ("cuda", "train.dtype=float32"),
-    ),
-    "kernels.attention=cuda takes heads of 64 or 128": (
-        {"kernels": {"attention": "cuda"}, "train": {"dtype": "bfloat16"}, "model": {"hidden_size": 96}},
-        None,
-        ("model.hidden_size=96", "model.num_heads=8", "12", "64 or 128"),
+        ("triton-tma", "model.dropout", "triton"),
     ),
     "train.steps or train.tokens": ({"train": {"tokens": 5}}, None, ("100", "5")),
     "optim.warmup_steps <= steps": ({"optim": {"warmup_steps": 101}}, None, ("101", "100")),
@@ -492,6 +487,23 @@ def test_a_broken_constraint_gives_one_line_with_both_numbers_and_the_key(name: 
     for word in (*words, problem.keys[0]):
         assert word in problem.message
     assert check(config_with(**changes), world) == [problem.message]
+
+
+@pytest.mark.parametrize(
+    ("body", "dtype", "hidden_size"),
+    [
+        *[(body, "float64", 512) for body in ("triton", "triton-tma", "cuda", "cudnn", "flash-attn")],
+        *[(body, "float32", 512) for body in ("triton-tma", "cudnn", "flash-attn")],
+        *[(body, "float16", 32) for body in ("triton-tma", "cuda", "flash-attn")],
+        ("cudnn", "bfloat16", 8 * 256),
+        ("cuda", "bfloat16", 8 * 80),
+    ],
+)
+def test_what_a_body_of_attention_does_not_take_is_known_from_the_config(body: str, dtype: str, hidden_size: int) -> None:
+    given = {"kernels": {"attention": body}, "train": {"dtype": dtype}, "model": {"hidden_size": hidden_size}}
+    assert any(line.startswith(f"kernels.attention={body} ") for line in check(config_with(**given), None))
+    sound = {**given, "train": {"dtype": "bfloat16"}, "model": {"hidden_size": 512}}
+    assert check(config_with(**sound), None) == []
 
 
 def test_constraints_name_keys_that_exist() -> None:

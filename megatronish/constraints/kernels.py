@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from megatronish.constraints.row import Constraint, Layout
 
+_16_BITS = ("bfloat16", "float16")
 
-def _has_heads(c: Layout) -> bool:
-    return c.model.hidden_size % c.model.num_heads == 0
+
+@dataclass(frozen=True)
+class _Attention:
+    """What a body of attention takes."""
+
+    dtypes: tuple[str, ...]
+    heads: str
+    """In words."""
+    takes_head: Callable[[int], bool]
+    is_masked: bool = False
+    """It takes documents and dropout of the weights."""
+
+
+def _by_8(most: int) -> Callable[[int], bool]:
+    return lambda size: size % 8 == 0 and size <= most
+
+
+_BODIES: dict[str, _Attention] = {
+    "triton": _Attention((*_16_BITS, "float32"), "multiples of 8 up to 256", _by_8(256), is_masked=True),
+    "triton-tma": _Attention(_16_BITS, "multiples of 8 up to 256", _by_8(256)),
+    "flash-attn": _Attention(_16_BITS, "multiples of 8 up to 256", _by_8(256)),
+    "cudnn": _Attention(_16_BITS, "multiples of 8 up to 128", _by_8(128)),
+    "cuda": _Attention(_16_BITS, "64 or 128", lambda size: size in (64, 128)),
+}
+
+
+def _is_limited(c: Layout) -> bool:
+    return c.config.kernels.attention in _BODIES
+
+
+def _body(c: Layout) -> _Attention:
+    return _BODIES[c.config.kernels.attention]
 
 
 KERNELS = (
     Constraint(
-        name="kernels.attention=triton has no float64",
+        name="kernels.attention computes in train.dtype",
         keys=("kernels.attention", "train.dtype"),
-        applies=lambda c: c.config.kernels.attention == "triton",
-        holds=lambda c: c.train.dtype != "float64",
+        applies=_is_limited,
+        holds=lambda c: c.train.dtype in _body(c).dtypes,
         message=lambda c: (
-            "kernels.attention=triton does not take train.dtype=float64; set kernels.attention to auto, or train.dtype to float32, "
-            "bfloat16 or float16"
+            f"kernels.attention={c.config.kernels.attention} does not take train.dtype={c.train.dtype}; set kernels.attention to "
+            f"auto, or train.dtype to {' or '.join(_body(c).dtypes)}"
         ),
     ),
     Constraint(
-        name="kernels.attention=triton takes heads of 8 to 256",
+        name="kernels.attention takes heads of this size",
         keys=("kernels.attention", "model.num_heads", "model.hidden_size"),
-        applies=lambda c: c.config.kernels.attention == "triton" and _has_heads(c),
-        holds=lambda c: c.model.head_size % 8 == 0 and c.model.head_size <= 256,
+        applies=lambda c: _is_limited(c) and c.model.hidden_size % c.model.num_heads == 0,
+        holds=lambda c: _body(c).takes_head(c.model.head_size),
         message=lambda c: (
-            "kernels.attention=triton takes head sizes that are multiples of 8 up to 256, but "
+            f"kernels.attention={c.config.kernels.attention} takes head sizes of {_body(c).heads}, but "
             f"model.hidden_size={c.model.hidden_size} / model.num_heads={c.model.num_heads} is {c.model.head_size}; "
             "set kernels.attention to auto, or change model.num_heads"
         ),
     ),
     Constraint(
-        name="kernels.attention=cuda computes in 16 bits",
-        keys=("kernels.attention", "train.dtype"),
-        applies=lambda c: c.config.kernels.attention == "cuda",
-        holds=lambda c: c.train.dtype in ("bfloat16", "float16"),
+        name="kernels.attention takes documents and dropout",
+        keys=("kernels.attention", "data.separate_documents", "model.dropout"),
+        applies=_is_limited,
+        holds=lambda c: _body(c).is_masked or not (c.config.data.separate_documents or c.model.dropout),
         message=lambda c: (
-            f"kernels.attention=cuda does not take train.dtype={c.train.dtype}; set kernels.attention to auto, or train.dtype to "
-            "bfloat16 or float16"
-        ),
-    ),
-    Constraint(
-        name="kernels.attention=cuda takes heads of 64 or 128",
-        keys=("kernels.attention", "model.num_heads", "model.hidden_size"),
-        applies=lambda c: c.config.kernels.attention == "cuda" and _has_heads(c),
-        holds=lambda c: c.model.head_size in (64, 128),
-        message=lambda c: (
-            "kernels.attention=cuda takes head sizes of 64 or 128, but "
-            f"model.hidden_size={c.model.hidden_size} / model.num_heads={c.model.num_heads} is {c.model.head_size}; "
-            "set kernels.attention to auto, or change model.num_heads"
+            f"kernels.attention={c.config.kernels.attention} does neither data.separate_documents nor model.dropout; set "
+            "kernels.attention to auto or triton"
         ),
     ),
 )
