@@ -6,34 +6,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from megatronish.batch_schedule import BatchSchedule
+from megatronish.config_kernels import KernelsConfig
+from megatronish.config_section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
-# Integers travel between ranks as int64.
-PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=2**63 - 1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
 Recompute = Literal["none", "selective", "full"]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, strict about unknown keys, and about types (no "12" for 12, no true for 1)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, values: Any) -> Any:
-        """YAML has lists; a frozen model holds tuples."""
-        if not isinstance(values, dict):
-            return values
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 class RopeScaling(Section):
@@ -328,51 +309,6 @@ class ObserveConfig(Section):
     """After this step each rank on a GPU writes its allocator's history to RUN/profile/."""
     wandb_project: Text | None = None
     """Send metrics to Weights & Biases too (WANDB_MODE=offline keeps them on disk)."""
-
-
-AttentionBody = Literal["auto", "reference", "torch", "triton", "triton-tma", "cuda", "flash-attn", "cudnn"]
-NormBody = Literal["auto", "reference", "torch", "triton", "cuda", "liger", "apex", "transformer-engine"]
-AddNormBody = Literal["auto", "torch", "triton", "cuda"]
-PointwiseBody = Literal["auto", "torch", "triton"]
-OptimizerBody = Literal["auto", "reference", "native", "triton"]
-
-
-class KernelsConfig(Section):
-    """Which body of an op runs. `auto`: on GPU the fastest of those that match the reference on this device, measured at the start
-    and kept with the run; on CPU `torch`, and `native` for the optimizer. A body that is named here runs, or the run is refused
-    with the reason."""
-
-    attention: AttentionBody = "auto"
-    """Attention, with or without documents and dropout."""
-    rms_norm: NormBody = "auto"
-    """Llama's norm."""
-    layer_norm: NormBody = "auto"
-    """GPT-2's norm."""
-    add_rms_norm: AddNormBody = "auto"
-    """Llama's norm of a sum with the residual stream, which stands between attention and MLP."""
-    add_layer_norm: AddNormBody = "auto"
-    """GPT-2's."""
-    split_rotary: PointwiseBody = "auto"
-    """The split of queries, keys and values and their rotation."""
-    swiglu: PointwiseBody = "auto"
-    """Llama's activation."""
-    geglu: PointwiseBody = "auto"
-    """The same with model.activation=geglu."""
-    gelu: PointwiseBody = "auto"
-    """GPT-2's activation."""
-    bias_gelu_dropout_add: PointwiseBody = "auto"
-    """Dropout before a residual sum, with the sum."""
-    cross_entropy: PointwiseBody = "auto"
-    """A rank's part of the loss, and the logits' gradient."""
-    adamw: OptimizerBody = "auto"
-    """The optimizer's step; `native` is C++ on CPU and CUDA on GPU."""
-    square_sum: OptimizerBody = "auto"
-    """The gradient norm's sum of squares."""
-
-    @property
-    def forced(self) -> dict[str, str]:
-        """What is named, by op."""
-        return {op: name for op, name in self.model_dump().items() if name != "auto"}
 
 
 class Config(Section):

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
-from megatronish.config import Config, Section
+from megatronish.config import Config
+from megatronish.config_section import Section
 from megatronish.constraints import find_problems
 from megatronish.errors import UserError
 from megatronish.yaml_file import Document, KeyPath, read_yaml_file, read_yaml_value

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatronish import formulas
-from megatronish.config import Config, Section
+from megatronish.config import Config
 from megatronish.config_loader import SECTIONS, load_config
+from megatronish.config_section import Section
 from megatronish.constraints import CONSTRAINTS, check, divisors_near, find_problems, multiples_near, warnings
 from megatronish.yaml_file import read_yaml_file
 
