@@ -80,7 +80,10 @@ def cases(config: Config, tp_size: int) -> list[Case]:
         make |= {f"add_{name}": partial(_add_norm, norm=call) for name, call in make.items() if name.endswith("norm")}
     if config.model.dropout:
         make["bias_gelu_dropout_add"] = _dropout_add
-    make |= {"masked_attention": _masked_attention} if is_masked else {"attention": _attention}
+    if is_masked:
+        make["masked_attention"] = _masked_attention
+    if not config.data.separate_documents:
+        make["attention"] = _attention  # without dropout, or in evaluation
     make["cross_entropy"] = _cross_entropy
     if config.parallel.zero_engine == "native":  # DeepSpeed's engine brings its own optimizer
         make |= {"adamw": _adamw, "square_sum": _square_sum}

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from megatronish.checkpoint.load import open_checkpoint
+from megatronish.errors import UserError
 from megatronish.kernel_choices import _agree, cases, decisions_before, write_decisions
 from megatronish.kernels.dispatch import Decision, decide
-from megatronish.kernels.registry import bodies_of
+from megatronish.kernels.registry import Refused, bodies_of
 from megatronish.packages import find_package
 from megatronish.parallel.mesh import MeshShape, build_mesh
 from megatronish.preflight.rehearse import rehearse, shortened
@@ -91,7 +92,7 @@ def agree(rank: int, given: list[int]) -> list[int]:
     names = [list(bodies_of(case.kernel.chosen_as)) for case in wanted]
     decided = decide(wanted, forced={}, device=torch.device("cpu"))
     own = [replace(d, implementation=of_case[given[rank]]) for d, of_case in zip(decided, names, strict=True)]
-    return [of_case.index(d.implementation) for d, of_case in zip(_agree(mesh, wanted, own), names, strict=True)]
+    return [of_case.index(d.implementation) for d, of_case in zip(_agree(mesh, wanted, lambda: own), names, strict=True)]
 
 
 @needs_triton
@@ -102,9 +103,31 @@ def test_ranks_that_measured_otherwise_take_what_rank_0_takes(first: int) -> Non
     assert len(taken[0]) > 5 and all(set(numbers) == {first} for numbers in taken)
 
 
-def test_a_rehearsal_of_gpus_agrees_once_on_every_rank_and_decides_nothing() -> None:
+def fail(rank: int, failing: int) -> str:
+    """What a rank says where rank `failing` cannot run a body that the config forces."""
+    mesh = build_mesh(MeshShape(pp=1, dp=2, tp=2), rank, device=torch.device("cpu"))
+    wanted = cases(Case(dtype="float32").config(), 1)
+
+    def decided() -> list[Any]:
+        if rank == failing:
+            raise Refused("gelu", "triton", "no such package")
+        return decide(wanted, forced={}, device=torch.device("cpu"))
+
+    with pytest.raises(UserError) as error:
+        _agree(mesh, wanted, decided)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_what_one_rank_cannot_do_ends_all_and_none_waits(failing: int) -> None:
+    said = ranks(4).run(fail, failing)
+    for rank, line in enumerate(said):
+        assert ("kernels.gelu=triton" if rank == failing else "another rank cannot run a kernel") in line
+
+
+def test_a_rehearsal_of_gpus_agrees_on_every_rank_and_decides_nothing() -> None:
     config = shortened(Case(tp=2, pp=2, dtype="float32").config(), 4)
-    for device_kind, expected in (("cuda", 1), ("cpu", 0)):
+    for device_kind, expected in (("cuda", 2), ("cpu", 0)):
         for rank in range(4):
             log = rehearse(config, rank=rank, world_size=4, device_kind=device_kind).log
             calls = [call for _, call in log.calls() if call.what == "choice of kernels"]

@@ -45,6 +45,11 @@ def widened(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def copied(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, tensors copied, but for those in lists, which are only read."""
+    return [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+
+
 def results_and_gradients(
     function: Callable[..., Any],
     arguments: Sequence[Any],
@@ -56,7 +61,7 @@ def results_and_gradients(
     """(results and what was written, gradients of the arguments at `differentiable`), for fixed upstream gradients: `ramp`, or by
     another function of the results. The arguments stay as they are."""
     upstream = upstream or ramp
-    given = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+    given = copied(arguments)
     leaves = [given[i].requires_grad_() for i in differentiable if given[i] is not None]
     returned = function(*given)
     results = [returned] if isinstance(returned, Tensor) else list(returned or ())

@@ -7,6 +7,7 @@ Label smoothing (Szegedy et al. 2016) and z-loss (Chowdhery et al. 2022) need on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,6 +119,10 @@ def _triton_backward_in_place(dloss_T: Tensor, logits_TV: Tensor, labels_T: Tens
     cross_entropy.backward(dloss_T, logits_TV, labels_T, log_sum_exp_T, logits_TV, *numbers)
 
 
+def _by_logits(dloss_T: Tensor, logits_TV: Tensor, *others: Any) -> tuple[Sequence[int], torch.dtype, str]:
+    return logits_TV.shape, logits_TV.dtype, ""
+
+
 cross_entropy_parts = register(
     "cross_entropy_parts(Tensor logits, Tensor labels, int first_row, int num_valid, bool with_sum=False) -> Tensor",
     reference,
@@ -135,6 +140,7 @@ cross_entropy_backward = register(
     _backward_fake,
     also={"triton": Implementation(_triton_backward, _refuses_triton_backward)},
     choice="cross_entropy",
+    keyed_by=_by_logits,
 )
 """The gradient of the local columns, given the log-sum-exp over all ranks' columns. With label smoothing e over V tokens the
 target's weight is 1 - e and the uniform one e / V."""
@@ -145,6 +151,7 @@ cross_entropy_backward_ = register(
     _in_place_fake,
     also={"triton": Implementation(_triton_backward_in_place, _refuses_triton_backward)},
     choice="cross_entropy",
+    keyed_by=_by_logits,
 )
 """The same, written over the logits, whose memory nobody else may need."""
 

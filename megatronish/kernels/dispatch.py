@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatronish.comm import streams
-from megatronish.kernels.compare import allowed_error, error_of, results_and_gradients, widened
+from megatronish.kernels.compare import allowed_error, copied, error_of, ramp, results_and_gradients, widened
 from megatronish.kernels.registry import Key, Refused, bodies_of, choosing, key_of
 from megatronish.kernels.table import Kernel
 
@@ -83,7 +83,7 @@ def decide(
     known = {(d.choice, d.bucket, d.dtype, d.device): d for d in before}
     decisions = []
     for case in cases:
-        choice, bucket, dtype, _ = key_of(case.kernel.chosen_as, case.make("meta"))
+        choice, bucket, dtype, _ = key_of(case.kernel.name, case.make("meta"))
         bodies = bodies_of(choice)
         earlier = known.get((choice, bucket, dtype, name))
         if choice in forced:
@@ -110,8 +110,12 @@ def _require(case: Case, name: str, device: str, *, deterministic: bool) -> None
 
 def _fastest(case: Case, *, device: torch.device, deterministic: bool) -> tuple[str, str]:
     """(name, why) of the fastest admitted body; the first where none is."""
-    arguments, candidates, refused = case.make(str(device)), [], []
     found = bodies_of(case.kernel.chosen_as)
+    try:
+        arguments = case.make(str(device))
+    except RuntimeError as error:
+        return next(iter(found)), f"not measured: {first_line(error)}"
+    candidates, refused = [], []
     for name, bodies in found.items():
         if name == "reference":
             continue
@@ -176,9 +180,20 @@ def _attempt(kernel: Kernel, name: str, arguments: tuple[Any, ...]) -> str | Non
 
 
 def _seconds(kernel: Kernel, name: str, arguments: tuple[Any, ...], device: torch.device) -> float:
-    started = streams.wall_time(device)
-    _run(kernel, kernel.function, arguments, name)
-    return streams.wall_time(device) - started
+    """Of forward and backward; copies and upstream gradients are made outside of the clock."""
+    given = copied(arguments)
+    leaves = [given[i].requires_grad_() for i in kernel.differentiable if given[i] is not None]
+    with choosing({kernel.chosen_as: name}):
+        started = streams.wall_time(device)
+        returned = kernel.function(*given)
+        seconds = streams.wall_time(device) - started
+        if leaves:
+            results = [returned] if isinstance(returned, Tensor) else list(returned)
+            upstream = [ramp(result) for result in results]
+            started = streams.wall_time(device)
+            torch.autograd.grad(results, leaves, upstream)
+            seconds += streams.wall_time(device) - started
+    return seconds
 
 
 def first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ SwiGLU: f is SiLU, as in Hugging Face's Llama; GeGLU: GELU by GPT-2's formula, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ def _forward_fake(gate_up: Tensor) -> Tensor:
 
 def _backward_fake(dy: Tensor, gate_up: Tensor) -> Tensor:
     return torch.empty_like(gate_up)
+
+
+def _by_projection(dy: Tensor, gate_up: Tensor) -> tuple[Sequence[int], torch.dtype, str]:
+    return gate_up.shape, gate_up.dtype, ""
 
 
 def _refuses_triton(x: Tensor, *others: Any) -> str | None:
@@ -79,7 +83,7 @@ def _op(name: str) -> Callable[[Tensor], Tensor]:
     forward, backward = (Implementation(run, _refuses_triton) for run in _triton(name))
     forward_op = register(f"{name}(Tensor gate_up) -> Tensor", _reference(name), _forward_fake, also={"triton": forward})
     schema = f"{name}_backward(Tensor dy, Tensor gate_up) -> Tensor"
-    backward_op = register(schema, _backward(name), _backward_fake, also={"triton": backward}, choice=name)
+    backward_op = register(schema, _backward(name), _backward_fake, also={"triton": backward}, choice=name, keyed_by=_by_projection)
 
     class Gated(torch.autograd.Function):
         @staticmethod

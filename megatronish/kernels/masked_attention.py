@@ -10,7 +10,7 @@ scores outside of a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -242,12 +242,20 @@ _MASK = (
     "Tensor? documents, Tensor? slopes, Tensor? samples, int first_head, int drop_key, float rate, "
     "float scale, bool causal, int window"
 )
+
+
+def _by_queries(query: Tensor, *others: Any) -> tuple[Sequence[int], torch.dtype, str]:
+    """Of the queries, or of their output's gradient. Attention without masks is another kind: evaluation of a model with dropout."""
+    return query.shape, query.dtype, "masked"
+
+
 _forward_op = register(
     f"masked_attention(Tensor query, Tensor key, Tensor value, {_MASK}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     also={"reference": Implementation(_reference_forward), **triton_bodies(_triton_masks, backward=False)},
     choice="attention",
+    keyed_by=_by_queries,
 )
 _backward_op = register(
     f"masked_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_MASK})"
@@ -256,6 +264,7 @@ _backward_op = register(
     _backward_fake,
     also={"reference": Implementation(_reference_backward), **triton_bodies(_triton_masks, backward=True)},
     choice="attention",
+    keyed_by=_by_queries,
 )
 
 

@@ -9,7 +9,7 @@ so is the choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,17 @@ _library = torch.library.Library("megatronish", "FRAGMENT")
 
 Key = tuple[str, str, str, str]
 """(choice's name, shape bucket, dtype, kind of device)."""
+
+
+KeyedBy = Callable[..., tuple[Sequence[int], torch.dtype, str]]
+"""(an op's arguments) -> (sizes, dtype, kind) of the call, which are those of the forward call where the op is a backward."""
+
+
+def by_first_tensor(*arguments: Any) -> tuple[Sequence[int], torch.dtype, str]:
+    """Those of the first floating tensor."""
+    flat = (b for a in arguments for b in (a if isinstance(a, list) else [a]))
+    x = next(a for a in flat if isinstance(a, Tensor) and a.is_floating_point())
+    return x.shape, x.dtype, ""
 
 
 def _refuses_nothing(*arguments: Any) -> str | None:
@@ -57,6 +68,7 @@ class _Op:
     """The first is what runs where nothing else is chosen."""
     choice: str
     """Under what name the choice is made: an op and its backward share one."""
+    keyed_by: KeyedBy
 
 
 @dataclass
@@ -77,13 +89,15 @@ def register(
     also: Mapping[str, Implementation] | None = None,
     choice: str | None = None,
     named: str = "torch",
+    keyed_by: KeyedBy = by_first_tensor,
 ) -> Callable[..., Any]:
     """Define `megatronish::<schema>` and return the callable. `fake` gives outputs of the right shape, dtype and strides.
 
     `body`, which runs where nothing else is chosen, is the one `named`; `also` has others, by the names of `kernels:` in a config.
-    `choice`: the name in `kernels:`, by default that of the op; an op and its backward share one."""
+    `choice`: the name in `kernels:`, by default that of the op; an op and its backward share one. `keyed_by`: what a choice was
+    measured under, so that a backward finds that of its forward."""
     name = schema[: schema.index("(")]
-    op = _ops[name] = _Op({named: Implementation(body), **(also or {})}, choice or name)
+    op = _ops[name] = _Op({named: Implementation(body), **(also or {})}, choice or name, keyed_by)
     _library.define(schema)
     # With one body there is nothing to choose.
     run = body if len(op.bodies) == 1 else lambda *arguments: _run(op, arguments)
@@ -100,21 +114,27 @@ def _run(op: _Op, arguments: tuple[Any, ...]) -> Any:
             raise Refused(op.choice, name, reason)
         assert body is not None
         return body.run(*arguments)
-    if _chosen.measured and (name := _chosen.measured.get(key_of(op.choice, arguments))) in op.bodies:
+    if _chosen.measured and (name := _chosen.measured.get(_key(op, arguments))) in op.bodies:
         body = op.bodies[name]
         if body.refuses(*arguments) is None:
             return body.run(*arguments)
     return next(iter(op.bodies.values())).run(*arguments)
 
 
-def key_of(choice: str, arguments: Iterable[Any]) -> Key:
-    """What a call is measured under: all dimensions but the last of its first floating tensor rounded up to powers of two. Flat
-    tensors, as the optimizer's, are of one bucket."""
+def key_of(name: str, arguments: Iterable[Any]) -> Key:
+    """What a call of an op is measured under: all dimensions but the last rounded up to powers of two. Flat tensors, as the
+    optimizer's, are of one bucket. `name`: of the op, or of a choice for the first of its ops."""
+    op = _ops.get(name) or next(op for op in _ops.values() if op.choice == name)
+    return _key(op, tuple(arguments))
+
+
+def _key(op: _Op, arguments: tuple[Any, ...]) -> Key:
     flat = (b for a in arguments for b in (a if isinstance(a, list) else [a]))
-    x = next(a for a in flat if isinstance(a, Tensor) and a.is_floating_point())
-    rounded = [1 << (size - 1).bit_length() if size else 0 for size in x.shape[:-1]]
-    bucket = "x".join(map(str, [*rounded, x.shape[-1]])) if rounded else "flat"
-    return choice, bucket, str(x.dtype).removeprefix("torch."), x.device.type
+    device = next(a for a in flat if isinstance(a, Tensor)).device
+    sizes, dtype, kind = op.keyed_by(*arguments)
+    rounded = [1 << (size - 1).bit_length() if size else 0 for size in sizes[:-1]]
+    bucket = "x".join(map(str, [*rounded, sizes[-1]])) if rounded else "flat"
+    return op.choice, f"{kind} {bucket}".lstrip(), str(dtype).removeprefix("torch."), device.type
 
 
 def bodies_of(choice: str) -> dict[str, list[Implementation]]:

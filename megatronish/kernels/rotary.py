@@ -6,6 +6,7 @@ Hugging Face's Llama. Interleaved: 2k with 2k + 1, as in the paper and in Meta's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -102,12 +103,20 @@ _forward_op = register(
     _forward_fake,
     also={"triton": Implementation(_triton_forward, _refuses_triton)},
 )
+
+
+def _by_packed(dq_SBHK: Tensor, dk_SBGK: Tensor, *others: Any) -> tuple[Sequence[int], torch.dtype, str]:
+    S, B, G, K = dk_SBGK.shape
+    return (S, B, G, dq_SBHK.shape[2] // G + 2, K), dk_SBGK.dtype, ""
+
+
 _backward_op = register(
     "split_rotary_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     _backward,
     _backward_fake,
     also={"triton": Implementation(_triton_backward, _refuses_triton)},
     choice="split_rotary",
+    keyed_by=_by_packed,
 )
 
 
