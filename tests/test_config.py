@@ -404,6 +404,11 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], int | None, tuple[str, ...]]]
         None,
         ("5", "parallel.zero_stage=3"),
     ),
+    "kernels names what the run has": (
+        {"kernels": {"gelu": "triton", "rms_norm": "torch"}},
+        None,
+        ("kernels.gelu=triton:", "model.architecture=llama", "remove it"),
+    ),
     "kernels.attention computes in train.dtype": (
         {"kernels": {"attention": "cuda"}, "model": {"hidden_size": 512}},
         None,

@@ -43,7 +43,29 @@ def _body(c: Layout) -> _Attention:
     return _BODIES[c.config.kernels.attention]
 
 
+def _unused(c: Layout) -> list[str]:
+    """What is named of ops that such a run does not have."""
+    if c.model.architecture == "llama":
+        absent = {"layer_norm", "add_layer_norm", "gelu", "geglu" if c.model.activation == "swiglu" else "swiglu"}
+    else:
+        absent = {"rms_norm", "add_rms_norm", "split_rotary", "swiglu", "geglu"}
+    absent |= set() if c.model.dropout else {"bias_gelu_dropout_add"}
+    absent |= set() if c.parallel.zero_engine == "native" else {"adamw"}
+    return [f"kernels.{op}={name}" for op, name in c.config.kernels.forced.items() if op in absent]
+
+
 KERNELS = (
+    Constraint(
+        name="kernels names what the run has",
+        keys=("model.architecture", "model.activation", "model.dropout", "parallel.zero_engine"),
+        applies=lambda c: bool(c.config.kernels.forced),
+        holds=lambda c: not _unused(c),
+        message=lambda c: (
+            f"{', '.join(_unused(c))}: not run with model.architecture={c.model.architecture}, "
+            f"model.activation={c.model.activation}, model.dropout={c.model.dropout:g} and "
+            f"parallel.zero_engine={c.parallel.zero_engine}; remove {'it' if len(_unused(c)) == 1 else 'them'}"
+        ),
+    ),
     Constraint(
         name="kernels.attention computes in train.dtype",
         keys=("kernels.attention", "train.dtype"),

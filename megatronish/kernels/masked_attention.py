@@ -245,7 +245,7 @@ _MASK = (
 
 
 def _by_queries(query: Tensor, *others: Any) -> tuple[Sequence[int], torch.dtype, str]:
-    """Of the queries, or of their output's gradient. Attention without masks is another kind: evaluation of a model with dropout."""
+    """Of the queries, or of their output's gradient. Attention without masks is another kind: evaluation with dropout has it."""
     return query.shape, query.dtype, "masked"
 
 
