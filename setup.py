@@ -39,12 +39,23 @@ def find_nvcc() -> str | None:
 
 def cuda_arch_flags(nvcc: str) -> list[str]:
     """Machine code for each of CUDA_ARCHS that this nvcc knows, and PTX of the newest for the devices that follow."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch.rstrip('a')}" in known]
+
+    def said(option: str) -> str:
+        return subprocess.run([nvcc, option], capture_output=True, text=True, check=True).stdout
+
+    # nvcc 13.0 lists no architecture with "a" there; its help names them all.
+    listed, named = said("--list-gpu-arch").split(), re.findall(r"compute_\w+", said("--help"))
+    archs = []
+    for arch in CUDA_ARCHS:
+        plain = arch.rstrip("a")
+        if f"compute_{plain}" in listed:
+            archs.append(arch if f"compute_{arch}" in (*listed, *named) else plain)
     if not archs:
         raise CompileError(f"{nvcc} knows none of the architectures {', '.join(CUDA_ARCHS)}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    # PTX of an architecture with "a" runs on that alone.
+    newest = archs[-1].rstrip("a")
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def reason_of(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,30 @@ def test_describe_names_every_module_and_says_where_it_runs() -> None:
     assert [line.split(":")[0] for line in lines] == ["cpu", "cuda"]
     for line, module in zip(lines, (native.cpu, native.cuda), strict=True):
         assert line.endswith("native") if module is not None else "in Python (" in line
+
+
+@pytest.mark.parametrize(
+    ("listed", "named", "codes"),
+    [
+        ("80 90 100", "80 90 90a 100", ["sm_80", "sm_90a", "sm_100", "compute_100"]),
+        ("80 90", "80 90 90a", ["sm_80", "sm_90a", "compute_90"]),
+        ("80 90", "80 90", ["sm_80", "sm_90", "compute_90"]),
+        ("80", "80", ["sm_80", "compute_80"]),
+    ],
+    ids=["13", "12.0", "11.8", "11.0"],
+)
+def test_nvcc_is_asked_for_what_it_knows_and_for_ptx_that_later_devices_take(
+    listed: str, named: str, codes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_include=lambda: ""))
+    of_setup = runpy.run_path(str(ROOT / "setup.py"))
+    nvcc = tmp_path / "nvcc"
+    answers = [" ".join(f"compute_{arch}" for arch in text.split()) for text in (listed, named)]
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --help ]; then echo "{answers[1]}"; else echo "{answers[0]}"; fi\n')
+    nvcc.chmod(0o755)
+    flags = of_setup["cuda_arch_flags"](str(nvcc))
+    assert flags == [f"-gencode=arch=compute_{code.partition('_')[2]},code={code}" for code in codes]
 
 
 def test_building_needs_no_torch() -> None:

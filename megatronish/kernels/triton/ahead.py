@@ -51,6 +51,7 @@ class Ahead:
     signature: dict[str, str]
     """Type by parameter, for all but the constants: "*bf16", "i32", "fp32"; ":16" behind says divisible by 16. See `signature`."""
     constants: dict[str, Any]
+    """Also parameters that are 1 in the case: a launch makes those constants, unless the kernel says do_not_specialize."""
     num_warps: int
     num_stages: int = 1
     spills: dict[int, int] = field(default_factory=dict)
@@ -95,7 +96,7 @@ def compile_ahead(ahead: Ahead, architecture: int) -> Compiled:
     plain, attributes = {}, {}
     for name, written in ahead.signature.items():
         plain[name], _, divisor = written.partition(":")
-        if divisor:
+        if divisor and name not in ahead.constants:
             attributes[(ahead.kernel.arg_names.index(name),)] = [["tt.divisibility", int(divisor)]]
     constants = {(ahead.kernel.arg_names.index(name),): value for name, value in ahead.constants.items()}
     source = ASTSource(ahead.kernel, plain | dict.fromkeys(ahead.constants, "constexpr"), constants, attributes)

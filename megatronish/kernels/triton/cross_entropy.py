@@ -47,9 +47,9 @@ def parts_kernel(
     picked = tl.load(logits_ptr + place, mask=here, other=0.0).to(tl.float32)
     tl.store(parts_ptr + token, largest)
     tl.store(parts_ptr + num_tokens + token, tl.sum(weights, 0))
-    tl.store(parts_ptr + 2 * num_tokens.to(tl.int64) + token, picked)
+    tl.store(parts_ptr + 2 * tl.cast(num_tokens, tl.int64) + token, picked)
     if WITH_SUM:
-        tl.store(parts_ptr + 3 * num_tokens.to(tl.int64) + token, tl.sum(total, 0))
+        tl.store(parts_ptr + 3 * tl.cast(num_tokens, tl.int64) + token, tl.sum(total, 0))
 
 
 @triton.jit
@@ -106,14 +106,21 @@ def backward(
 
 
 def ahead() -> Iterator[Ahead]:
-    """Forward with and without the sum that label smoothing needs, and backward."""
+    """Forward with and without the sum that label smoothing needs, and backward; also where integers are 1, which Triton makes
+    constants."""
     for with_sum in (False, True):
         types = {"labels_ptr": "*i64:16", "parts_ptr": "*fp32:16", "row_stride": "i32:16", "num_valid": "i32:16"}
         name = f"cross_entropy parts{' and sum' if with_sum else ''}"
         constants = {"WITH_SUM": with_sum, "BLOCK": _ROW_BLOCK}
-        yield Ahead(name, parts_kernel, signature(parts_kernel, "bf16", **types), constants, _ROW_WARPS)
+        given = signature(parts_kernel, "bf16", **types)
+        yield Ahead(name, parts_kernel, given, constants, _ROW_WARPS)
+        ones = dict.fromkeys(("num_tokens", "row_stride", "first_row", "num_valid"), 1)
+        yield Ahead(f"{name} of one token", parts_kernel, given, constants | ones, _ROW_WARPS)
     types = {"labels_ptr": "*i64:16", "dloss_ptr": "*fp32:16", "log_sum_exp_ptr": "*fp32:16"}
     types |= dict.fromkeys(("logits_stride", "grad_stride", "V", "num_valid"), "i32:16")
     types |= dict.fromkeys(("target_weight", "uniform_weight", "z_loss"), "fp32")
     given = signature(gradient_kernel, "bf16", **types)
-    yield Ahead("cross_entropy backward", gradient_kernel, given, {"BLOCK": _GRADIENT_BLOCK}, _GRADIENT_WARPS)
+    constants = {"BLOCK": _GRADIENT_BLOCK}
+    yield Ahead("cross_entropy backward", gradient_kernel, given, constants, _GRADIENT_WARPS)
+    constants |= dict.fromkeys(("logits_stride", "grad_stride", "V", "num_blocks", "first_row", "num_valid"), 1)
+    yield Ahead("cross_entropy backward of one column", gradient_kernel, given, constants, _GRADIENT_WARPS)
