@@ -336,6 +336,7 @@ def kernels(
         result = bench.measure(
             asked, lambda name, done, total: progress.update(task, description=name, completed=done, total=total), seconds=seconds
         )
+    bench.require_named(asked.impls, result)
     _print([bench.render(result), *bench.summary(result)])
     if plot is not None:
         _print(["wrote " + ", ".join(str(file) for file in bench.plot(result, plot))])

@@ -90,7 +90,7 @@ def suite(result: dict[str, Any], file: Path) -> Parts:
     parts: Parts = [f"{result['suite']} suite, {result.get('device')}, {result.get('date')}"]
     for name, part in result.get("parts", {}).items():
         try:
-            shown = _rendered(part, name, file)
+            shown = [] if "skipped" in part else _rendered(part, name, file)
         except UserError:
             if "error" not in part:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,16 @@ def test_every_op_has_a_case_of_every_preset_and_counts_the_bytes_that_go_in_and
                 _check_bytes(op, dims, arguments, results, gradients)
 
 
+def test_every_choice_of_a_config_is_measured_by_some_op() -> None:
+    assert set(registry.choices()) <= {choice for op in OPS.values() for choice in op.choices}
+
+
+def test_one_that_is_named_and_ran_in_no_case_is_one_line(shapes: str) -> None:
+    ran = CliRunner().invoke(app, ["kernels", "--op", "attention", "--shapes", shapes, "--impl", "sdpa-cudnn"])
+    assert isinstance(ran.exception, UserError) and not ran.output.strip()
+    assert re.fullmatch(r"--impl sdpa-cudnn: cannot run here: .*; leave it out", str(ran.exception))
+
+
 def _check_bytes(op: BenchOp, dims: Any, arguments: Any, results: list[Tensor], gradients: list[Tensor]) -> None:
     """Statistics of rows, tables and documents are counted or not, and are small."""
     flat = [b for a in arguments for b in (a if isinstance(a, list) else [a]) if isinstance(b, Tensor)]
@@ -173,6 +184,8 @@ def _check_bytes(op: BenchOp, dims: Any, arguments: Any, results: list[Tensor], 
         kept = op.name not in ("split_rotary", "dropout")
         again = sum(arguments[i].numel() * 2 for i in op.differentiable) if kept else 0
         out = results[0].numel() * 2 if op.name.startswith("attention") else 0
+        if op.name.endswith("_add") or op.name.startswith("add_"):  # two gradients are one tensor; a sum is kept, not its parts
+            again -= 2 * arguments[0].numel() * 2
         if op.name == "split_rotary":
             again = sum(table.numel() * 4 for table in arguments[1:3])
         assert work["backward"].bytes == pytest.approx(moved + again + out, rel=0.04)
