@@ -131,6 +131,32 @@ def torch_adamw(**how: bool) -> Callable[[list[nn.Parameter]], Any]:
     return lambda given: torch.optim.AdamW(given, lr=n.lr, betas=(n.beta1, n.beta2), eps=n.eps, weight_decay=n.weight_decay, **how)
 
 
+_BYTES_A_PARAMETER = 130
+"""Of all variants together, and what torch makes in passing."""
+
+
+def require_memory(parameters: int) -> None:
+    """UserError where the machine has less free memory than the variants need together."""
+    needed, free = parameters * _BYTES_A_PARAMETER / 1e9, free_bytes() / 1e9
+    if needed > free:
+        raise UserError(
+            f"--parameters {parameters}: all variants need {needed:.3g} GB together and {free:.3g} GB are free; "
+            f"give at most {max(0, int(free * 1e9 / _BYTES_A_PARAMETER) // 1_000_000)}000000"
+        )
+
+
+def free_bytes() -> int:
+    """What Linux would give to a process without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def must_compile_deepspeed() -> bool:
+    """Whether `deepspeed_adam` will compile it: it is installed, and was not compiled yet."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    return find_package("deepspeed") is not None and not any(folder.rglob("cpu_adam*.so"))
+
+
 def deepspeed_adam() -> tuple[Callable[[list[nn.Parameter]], Any] | None, str]:
     """(its CPUAdam, "") or (None, why not). Compiles it where that was not done yet: a minute or two."""
     if find_package("deepspeed") is None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from megatronish.bench import tables
+from megatronish.bench.progress import progress, wrote
 from megatronish.json_file import writable, write_json
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ def _print(parts: tables.Parts) -> None:
 
     console = Console(width=132)
     for part in parts:
-        console.print(part, highlight=False, markup=not isinstance(part, str))
+        console.print(part, highlight=False, markup=not isinstance(part, str), soft_wrap=isinstance(part, str))
 
 
 @app.command()
@@ -182,22 +183,20 @@ def adamw(
 
     Example: megatronish bench adamw --parameters 10000000 --plot plots
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from megatronish.observe.flops import num_cores
 
     bench: Any = importlib.import_module("megatronish.bench.adamw")
-    with Progress(transient=True) as progress:
-        task = progress.add_task("rounds", total=rounds)
+    bench.require_memory(parameters)
+    if bench.must_compile_deepspeed():
+        typer.echo("DeepSpeed's CPUAdam is compiled first, once: that takes minutes", err=True)
+    with progress() as tell:
         sizes = bench.AdamWBench(parameters, rounds, threads or num_cores())
-        result = bench.measure(sizes, lambda number: progress.update(task, completed=number + 1))
-    console = Console(width=132)
-    console.print(bench.render(result))
-    if plot is not None:
-        console.print("wrote " + ", ".join(str(file) for file in bench.plot(result, plot)))
+        result = bench.measure(sizes, lambda number: tell("round", number, rounds))
+    _print([bench.render(result)])
+    pictures = [] if plot is None else bench.plot(result, plot)
     if json_file is not None:
         write_json(json_file, result)
+    _print([*wrote(json_file, pictures)])
 
 
 @app.command()
@@ -327,20 +326,16 @@ def kernels(
 
     Example: megatronish bench kernels --op attention --op rms_norm --plot plots --json kernels.json
     """
-    from rich.progress import Progress
-
     bench: Any = importlib.import_module("megatronish.bench.kernels")
     asked = bench.KernelsBench(tuple(op or ()), tuple(impl or ()), shapes, dtype, rounds, tutorial=tutorial)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("cases", total=None)
-        result = bench.measure(
-            asked, lambda name, done, total: progress.update(task, description=name, completed=done, total=total), seconds=seconds
-        )
+    with progress() as tell:
+        result = bench.measure(asked, tell, seconds=seconds)
+    bench.require_named(asked.impls, result)
     _print([bench.render(result), *bench.summary(result)])
-    if plot is not None:
-        _print(["wrote " + ", ".join(str(file) for file in bench.plot(result, plot))])
+    pictures = [] if plot is None else bench.plot(result, plot)
     if json_file is not None:
         write_json(json_file, result)
+    _print([*wrote(json_file, pictures)])
     if result["wrong"]:
         raise typer.Exit(1)
 

@@ -253,23 +253,27 @@ def _name_of(rows: list[dict[str, Any]]) -> str:
     return f"{one['axis']}: {count} of {one['group_size']} ranks"
 
 
+def _cell(microseconds: str, algorithm: str, bus: str) -> str:
+    return f"{microseconds:>7} |{algorithm:>7} |{bus:>7}"
+
+
 def render(result: dict[str, Any]) -> Parts:
     """For people: a table an axis."""
     lines: Parts = [
         f"{result['num_ranks']} ranks ({result['layout']}) over {result['backend']}, {result['device']}, {result['date']}: us, "
-        f"then GB/s of algorithm and bus; medians of {result['rounds']} interleaved rounds, the slowest rank counts"
+        f"and GB/s of algorithm and bus; medians of {result['rounds']} interleaved rounds, the slowest rank counts"
     ]
     lines += [f"wrong: {text}" for text in result["wrong"]]
     for _, rows in _by_axis(result):
         table = Table("dtype", "message", title=_name_of(rows), title_justify="left")
         for operation in OPERATIONS:
-            table.add_column(operation, justify="right")
+            table.add_column(f"{operation}\n{_cell('us', 'alg', 'bus')}", justify="right")
         cells: dict[tuple[str, str], dict[str, str]] = {}
         for row in rows:
             # Elements are rounded to the group's size: rows of one size stand together.
-            rates = (f"{row[key]:8.3f}" if row[key] < 10 else f"{row[key]:8.1f}" for key in _RATES)
+            rates = (f"{row[key]:,.0f}" if row[key] >= 100 else f"{row[key]:#.3g}" for key in _RATES)
             of_size = cells.setdefault((row["dtype"], readable(row["bytes"])), {})
-            of_size[row["operation"]] = f"{row['microseconds']:,.0f} {''.join(rates)}"
+            of_size[row["operation"]] = _cell(f"{row['microseconds']:,.0f}", *rates)
         for (dtype, size), of_size in cells.items():
             table.add_row(dtype, size, *(of_size.get(operation, "-") for operation in OPERATIONS))
         lines.append(table)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megatronish.assemble import mesh_shape
 from megatronish.bench.collectives import DTYPES, CollectivesBench, measure, plot, render
+from megatronish.bench.progress import tell_line, wrote
 from megatronish.comm import streams
 from megatronish.comm.groups import world_group
 from megatronish.config_loader import load_config
@@ -74,7 +75,12 @@ def _measure_as_rank(options: Options, place: Place) -> int:
     require_agreement(facts | version_facts(), world=world_group(device_kind=device.type), device=device)
     mesh = build_mesh(shape, place.rank, device=device, timeout_seconds=_TIMEOUT_SECONDS)
     sizes = sizes_between(options.smallest, options.largest or _LARGEST[device.type], options.factor)
-    result = measure(CollectivesBench(sizes, options.dtypes, options.rounds, options.seconds), mesh)
+
+    def on_round(done: int) -> None:
+        if mesh.rank == 0:
+            tell_line("round", done - 1, options.rounds)
+
+    result = measure(CollectivesBench(sizes, options.dtypes, options.rounds, options.seconds), mesh, on_round)
     if mesh.rank == 0:
         report({**result, "launcher": place.launcher}, options)
     disconnect()
@@ -86,10 +92,11 @@ def report(result: dict[str, Any], options: Options) -> None:
     console = Console(width=132)
     for part in render(result):
         console.print(part, highlight=False)
-    if options.plots is not None and result["rows"]:
-        console.print("wrote " + ", ".join(str(file) for file in plot(result, options.plots)), soft_wrap=True)
+    pictures = plot(result, options.plots) if options.plots is not None and result["rows"] else []
     if options.json_file is not None:
         write_json(options.json_file, result)
+    for line in wrote(options.json_file, pictures):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def prepare(options: Options, world_size: int) -> MeshShape:

@@ -3,9 +3,9 @@
     describe -> limits -> kernels -> training -> adamw -> startup -> sanitizer -> unproven -> table, and RESULTS/DEVICE-DATE.json
                 (each part is a process of its own, with its share of the time that is left)
 
-A part that crashes or hangs is recorded with its error, and the rest goes on; the file is written after each part. Without a GPU,
-or with `--device cpu`, the same code runs at small sizes. `megatronish bench show FILE` prints a result. Exit code 1: a part
-failed.
+A part that crashes or hangs is recorded with its error and what it had done, and the rest goes on; the file is written after each
+part. `--device cpu` runs the same code at small sizes, and writes to the current folder. `megatronish bench show FILE` prints a
+result. Exit code 1: a part failed; 2: there is no such device.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Suite:
     """cuda, cpu, or auto: the GPU where there is one."""
     seconds: float
     file: Path | None
-    """None: RESULTS/DEVICE-DATE.json."""
+    """None: DEVICE-DATE.json, of a GPU in RESULTS, else in the current folder."""
 
 
 def run_suite(suite: Suite, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
@@ -72,11 +72,11 @@ def run_suite(suite: Suite, tell: Callable[[str], None]) -> tuple[Path, dict[str
     begun = time.monotonic()
     said = run_part("megatronish.bench.suite_parts:describe", suite.device_kind, _DESCRIBE_SECONDS, tell)
     if "error" in said:
-        raise UserError(f"--device {suite.device_kind}: {said['error']}")
+        raise UserError(said["error"])
     kind = said.pop("device_kind")
     result: dict[str, Any] = {"suite": "gpu", **said, "device_kind": kind, "date": time.strftime("%Y-%m-%d"), "parts": {}}
     slug = re.sub(r"[^a-z0-9]+", "-", said["device"].lower()).strip("-")
-    file = suite.file or writable(RESULTS / f"{slug}-{result['date']}.json")
+    file = suite.file or writable((RESULTS if kind == "cuda" else Path()) / f"{slug}-{result['date']}.json")
     tell(f"{said['device']}: {', '.join(suite.parts)}; {suite.seconds / 60:.3g} minutes at most; numbers go to {file}")
     waiting = dict(suite.parts)
     for name, part in suite.parts.items():
@@ -87,7 +87,8 @@ def run_suite(suite: Suite, tell: Callable[[str], None]) -> tuple[Path, dict[str
         started = time.monotonic()
         found = run_part(part.target, kind, share, lambda line, name=name: tell(f"{name}: {line}"))  # type: ignore[misc]
         result["parts"][name] = {"bench": name, **found, "part_seconds": time.monotonic() - started}
-        tell(f"{name}: " + (f"failed: {found['error']}" if "error" in found else f"done in {time.monotonic() - started:.0f} s"))
+        done = f"skipped: {found['skipped']}" if "skipped" in found else f"done in {time.monotonic() - started:.0f} s"
+        tell(f"{name}: " + (f"failed: {found['error']}" if "error" in found else done))
         result["suite_seconds"] = time.monotonic() - begun
         write_json(file, result)
     return file, result
@@ -140,9 +141,9 @@ def suite_of(arguments: Sequence[str]) -> Suite:
     """From the command line. UserError for a part that there is not, or a file that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m megatronish.bench.gpu_suite", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: the GPU, where there is one")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="cpu: at small sizes")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything [default: 9]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"where the numbers go [default: {RESULTS}/DEVICE-DATE.json]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"[default: DEVICE-DATE.json, of a GPU in {RESULTS}]")
     options = parser.parse_args(arguments)
     names = [name.strip() for name in options.parts.split(",")]
     if unknown := [name for name in names if name not in PARTS]:

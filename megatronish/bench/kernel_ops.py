@@ -127,10 +127,10 @@ def _wide_rows(dims: Dims) -> int:
     return dims["T"] * dims["F"]
 
 
-def _norm(parameters: int) -> Callable[[Dims, torch.dtype, str], tuple[Any, ...]]:
+def _norm(parameters: int, *, rows: int = 1) -> Callable[[Dims, torch.dtype, str], tuple[Any, ...]]:
     def make(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
         draw = drawing(device, dtype)
-        return (draw(dims["T"], dims["D"]), *(draw(dims["D"]) for _ in range(parameters)), 1e-5)
+        return (*(draw(dims["T"], dims["D"]) for _ in range(rows)), *(draw(dims["D"]) for _ in range(parameters)), 1e-5)
 
     return make
 
@@ -152,6 +152,11 @@ def _packed_elements(dims: Dims) -> int:
 
 def _dropout_inputs(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     return drawing(device, dtype)(dims["T"], 1, dims["D"]), torch.arange(1, device=device), 1, 0, 1, _RATE
+
+
+def _bias_gelu_dropout_inputs(dims: Dims, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    draw, T, D = drawing(device, dtype), dims["T"], dims["D"]
+    return draw(T, 1, D), draw(D), draw(T, 1, D), torch.arange(1, device=device), True, 0, 1, _RATE
 
 
 # Losses
@@ -296,6 +301,25 @@ OPS: dict[str, BenchOp] = {
             differentiable=(0, 1, 2),
             more_bytes=lambda dims, size: 2 * dims["D"] * size + 8 * dims["T"],
         ),
+        # The sum is read again, not its parts; both have the same gradient, which is written once.
+        _elementwise(
+            "add_rms_norm",
+            _norm(1, rows=2),
+            {"forward": (6, 4), "backward": (11, 4)},
+            elements=_rows,
+            peers=kernel_peers.ADD_RMS_NORM,
+            differentiable=(0, 1, 2),
+            more_bytes=lambda dims, size: 2 * dims["D"] * size + 4 * dims["T"],
+        ),
+        _elementwise(
+            "add_layer_norm",
+            _norm(2, rows=2),
+            {"forward": (8, 4), "backward": (13, 4)},
+            elements=_rows,
+            peers=kernel_peers.ADD_LAYER_NORM,
+            differentiable=(0, 1, 2, 3),
+            more_bytes=lambda dims, size: 2 * dims["D"] * size + 8 * dims["T"],
+        ),
         _elementwise(
             "split_rotary",
             _packed,
@@ -305,12 +329,15 @@ OPS: dict[str, BenchOp] = {
             more_bytes=lambda dims, size: 4 * dims["S"] * dims["B"] * dims["K"],
             cut=(("B",), ("H", "G"), ("S",)),
         ),
-        _elementwise(
-            "swiglu",
-            lambda dims, dtype, device: (drawing(device, dtype)(dims["T"], 2 * dims["F"]),),
-            {"forward": (5, 3), "backward": (10, 5)},
-            elements=_wide_rows,
-            peers=(*eager_and_compiled(KERNELS["swiglu"].reference), *kernel_peers.SWIGLU),
+        *(
+            _elementwise(
+                name,
+                lambda dims, dtype, device: (drawing(device, dtype)(dims["T"], 2 * dims["F"]),),
+                {"forward": (flops, 3), "backward": (2 * flops, 5)},
+                elements=_wide_rows,
+                peers=(*eager_and_compiled(KERNELS[name].reference), *peers),
+            )
+            for name, flops, peers in (("swiglu", 5, kernel_peers.SWIGLU), ("geglu", 9, ()))
         ),
         _elementwise(
             "gelu",
@@ -320,6 +347,14 @@ OPS: dict[str, BenchOp] = {
             peers=eager_and_compiled(_gelu),
         ),
         _elementwise("dropout", _dropout_inputs, {"forward": (12, 2), "backward": (12, 2)}, elements=_rows, peers=()),
+        _elementwise(
+            "bias_gelu_dropout_add",
+            _bias_gelu_dropout_inputs,
+            {"forward": (22, 3), "backward": (28, 3)},  # the residual's gradient is the upstream one
+            elements=_rows,
+            peers=eager_and_compiled(KERNELS["bias_gelu_dropout_add"].reference),
+            differentiable=(0, 1, 2),
+        ),
         BenchOp(
             "cross_entropy",
             ("cross_entropy",),

@@ -231,6 +231,9 @@ LAYER_NORM = (
     Contender("transformer-engine", _te_norm("LayerNorm"), _TE, backward_runs_once=True),
 )
 
+ADD_RMS_NORM = eager_and_compiled(lambda x, residual, *given: (_rms_norm(summed := x + residual, *given), summed))
+ADD_LAYER_NORM = eager_and_compiled(lambda x, residual, *given: (_layer_norm(summed := x + residual, *given), summed))
+
 
 # Activations and rotation.
 

@@ -11,6 +11,7 @@ from megatronish.bench.kernel_table import Row, groups
 _COLORS = {
     "triton": "tab:blue",
     "cuda": "tab:green",
+    "native": "limegreen",
     "torch": "tab:orange",
     "reference": "lightgray",
     "torch-eager": "tab:gray",
@@ -22,6 +23,9 @@ _COLORS = {
     "transformer-engine": "tab:olive",
     "megatron-core": "black",
 }
+
+_WIDEST = 1.5
+"""The largest share that is drawn; beyond it the bar carries its value."""
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -71,9 +75,11 @@ def _shares(result: dict[str, Any]) -> Any:
             axes.text(0.0, place, f" {name}", va="center", fontsize=8, fontweight="bold")
         else:
             axes.barh(place, row["fraction_of_limit"], color=_COLORS.get(row["implementation"], "silver"))
+            if row["fraction_of_limit"] > _WIDEST:
+                axes.text(_WIDEST, place, f"{row['fraction_of_limit']:.3g} ", va="center", ha="right", fontsize=7)
     axes.set_yticks([place for place, (_, row) in enumerate(bars) if row], [name for name, row in bars if row], fontsize=7)
     axes.axvline(1.0, color="black", linestyle="--")
-    axes.set_xlim(0, 1.5)  # what is in a cache may be far beyond
+    axes.set_xlim(0, _WIDEST)  # what is in a cache may be far beyond
     axes.set_ylim(len(bars), -1)
     axes.set_xlabel("share of the limit: the time that copy bandwidth or matrix rate allows / its time")
     axes.set_title(_title(result))

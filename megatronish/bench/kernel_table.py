@@ -24,10 +24,10 @@ def render(result: dict[str, Any]) -> Table:
     """For people: of each op and size the fastest first."""
     limits = result["limits"]
     rates = ", ".join(
-        f"{name} {limits[key]:,.{digits}f} {unit}"
-        for name, key, digits, unit in (
-            ("matrix products", "matrix_tflops", 2, "TFLOP/s"),
-            ("copy", "copy_gigabytes_per_second", 1, "GB/s"),
+        f"{name} {limits[key]:#,.3g} {unit}"
+        for name, key, unit in (
+            ("matrix products", "matrix_tflops", "TFLOP/s"),
+            ("copy", "copy_gigabytes_per_second", "GB/s"),
         )
         if limits[key] is not None
     )
@@ -59,18 +59,30 @@ def _cells(row: Row) -> list[str]:
         f"  {row['implementation']}" + (" (limit)" if row["kind"] == "limit" else ""),
         f"{row['milliseconds']:.3f}",
         f"{row['tflops']:.3g}",
-        f"{row['gigabytes_per_second']:,.1f}",
-        f"{row['fraction_of_limit']:.2f}",
-        "-" if torch is None else f"{torch:.2f}",
+        significant(row["gigabytes_per_second"]),
+        significant(row["fraction_of_limit"]),
+        "-" if torch is None else significant(torch),
         "n/a" if extra is None else f"{extra / 2**20:,.0f}",
         error,
     ]
+
+
+def significant(value: float) -> str:
+    """Three digits, and all of what is above 999."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def is_busy(load: float, cores: int | None) -> bool:
+    """Whether others use the machine: a load average of more than half its cores. Results before 2026-11-27 have no `cores`."""
+    return cores is not None and load > cores / 2
 
 
 def _caption(result: dict[str, Any]) -> str:
     """What is not in the table, and why."""
     lines = []
     if result["device_kind"] == "cpu":
+        if is_busy(result["load"], result.get("cores")):
+            lines.append(f"the machine is busy (load {result['load']:.1f} on {result['cores']} cores): these numbers mean little")
         lines.append(
             f"on CPU nothing empties the caches: what fits into them may be above the rate of a copy; load {result['load']:.1f}"
         )
@@ -101,10 +113,33 @@ def fastest(result: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def faster_peers(result: dict[str, Any]) -> dict[str, tuple[str, float]]:
+    """By op, where one is faster than `fastest` over all that both did: (the peer with the largest factor, the factor)."""
+    found = {}
+    for op, body in fastest(result).items():
+        times: dict[str, dict[str, float]] = {}
+        for row in result["rows"]:
+            if row["op"] == op and row["milliseconds"] is not None and (row["kind"] == "peer" or row["implementation"] == body):
+                times.setdefault(row["implementation"], {})[f"{row['pass']} {row.get('dims')}"] = row["milliseconds"]
+        ours = times.pop(body)
+        factors = {
+            name: sum(ours[case] for case in done if case in ours) / sum(ms for case, ms in done.items() if case in ours)
+            for name, done in times.items()
+            if done.keys() & ours.keys()
+        }
+        if factors and max(factors.values()) > 1:
+            found[op] = max(factors.items(), key=lambda item: item[1])
+    return found
+
+
 def summary(result: dict[str, Any]) -> list[str]:
     """Lines that answer which kernel to use; and what was wrong."""
-    found = fastest(result)
-    lines = ["fastest body of each op: " + ", ".join(f"{op} {name}" for op, name in found.items())] if found else []
+    found, peers = fastest(result), faster_peers(result)
+    lines = ["fastest of ours: " + ", ".join(f"{op} {name}" for op, name in found.items())] if found else []
+    if peers:
+        lines[0] += "; a peer is faster in: " + ", ".join(
+            f"{op} ({name}, {significant(factor)} x)" for op, (name, factor) in peers.items()
+        )
     chosen = {_key(op): name for op, name in reversed(found.items())}
     if chosen and result["device_kind"] == "cuda":
         settings = " ".join(f"kernels.{key}={name}" for key, name in sorted(chosen.items()))

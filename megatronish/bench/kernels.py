@@ -36,6 +36,7 @@ from megatronish.bench.workers import processor_name
 from megatronish.comm import stopwatch, streams
 from megatronish.errors import UserError
 from megatronish.kernels.registry import only_by_name
+from megatronish.observe.flops import num_cores
 from megatronish.packages import find_package
 
 __all__ = ["DTYPES", "KernelsBench", "measure", "plot", "render", "summary"]
@@ -66,9 +67,11 @@ def measure(
     on_case: Callable[[str, int, int], object] = lambda name, done, total: None,
     *,
     seconds: float | None = None,
+    on_result: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """Run the bench. `on_case`: (the case that begins, cases done, of how many). After `seconds` no case is begun; the result says
-    which were left out. UserError before anything runs where an op, an implementation, shapes or the dtype make no sense."""
+    """Run the bench. `on_case`: (the case that begins, cases done, of how many); `on_result`: what is known after each. After
+    `seconds` no case is begun; the result says which were left out. UserError before anything runs where an op, an
+    implementation, shapes or the dtype make no sense."""
     started = time.monotonic()
     device = bench.device or streams.choose_device(0, 1)
     cases, asked = _cases(bench, device)
@@ -77,6 +80,12 @@ def measure(
     watch = stopwatch.Stopwatch(device)
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
+    load = os.getloadavg()[0]
+
+    def found() -> dict[str, Any]:
+        fixed = {"dtype": _name_of(dtype), "shapes": bench.shapes or default_shapes(device), "rounds": bench.rounds, "load": load}
+        return {**_device(device), **fixed, "limits": limits.summary(), **_of_rows(rows), "left_out": left_out, "asked": asked}
+
     for number, case in enumerate(cases):
         name = f"{case.op.name} {describe(case.dims)}"
         if seconds is not None and time.monotonic() - started > seconds:
@@ -85,26 +94,43 @@ def measure(
         on_case(name, number, len(cases))
         rows += run_case(case, rounds=bench.rounds, limits=limits, watch=watch)
         stopwatch.free_cached_memory(device)
+        on_result(found())
     on_case("", len(cases), len(cases))
-    wrong = [row for row in rows if row["status"] == "WRONG" and row["kind"] == "body"]
+    return found()
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    on_cpu = device.type == "cpu"
     return {
         "bench": "kernels",
-        "device": processor_name() if device.type == "cpu" else streams.device_name(device),
+        "device": processor_name() if on_cpu else streams.device_name(device),
         "device_kind": device.type,
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "dtype": next(name for name, of in DTYPES.items() if of == dtype),
-        "shapes": bench.shapes or default_shapes(device),
-        "rounds": bench.rounds,
-        "load": os.getloadavg()[0],
+        "threads": torch.get_num_threads() if on_cpu else None,
+        "cores": num_cores() if on_cpu else None,
         "date": time.strftime("%Y-%m-%d"),
         "versions": _versions(),
-        "limits": limits.summary(),
+    }
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, of in DTYPES.items() if of == dtype)
+
+
+def _of_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    wrong = [row for row in rows if row["status"] == "WRONG" and row["kind"] == "body"]
+    return {
         "rows": rows,
         "missing": _missing(rows),
-        "left_out": left_out,
         "wrong": [f"{row['op']} {row['pass']}: {row['implementation']}" for row in wrong],
-        "asked": asked,
     }
+
+
+def require_named(impls: Sequence[str], result: dict[str, Any]) -> None:
+    """UserError where one that --impl names ran in no case."""
+    for name in impls:
+        mine = [row for row in result["rows"] if row["implementation"] == name]
+        if mine and all(row["status"] in ("refused", "failed") for row in mine):
+            raise UserError(f"--impl {name}: cannot run here: {mine[0]['reason']}; leave it out")
 
 
 def _cases(bench: KernelsBench, device: torch.device) -> tuple[list[Case], list[str]]:

@@ -77,6 +77,8 @@ def show(file: Path) -> Parts:
     result = read(file)
     if isinstance(result, dict) and "suite" in result:
         return suite(result, file)
+    if isinstance(result, list) and result and isinstance(result[0], dict) and {"choice", "implementation"} <= result[0].keys():
+        raise UserError(f"{file}: is a run's choice of kernels, no bench result; name a file that --json of a bench wrote")
     name = name_of(result, file)
     if name not in RENDER:
         raise UserError(f"{file}: a result of {name!r}, which no bench knows; known are {', '.join(RENDER)}")
@@ -90,7 +92,7 @@ def suite(result: dict[str, Any], file: Path) -> Parts:
     parts: Parts = [f"{result['suite']} suite, {result.get('device')}, {result.get('date')}"]
     for name, part in result.get("parts", {}).items():
         try:
-            shown = _rendered(part, name, file)
+            shown = [] if "skipped" in part else _rendered(part, name, file)
         except UserError:
             if "error" not in part:
                 raise

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,9 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 def describe(request: Request) -> None:
     """The device and the versions. Without the GPU that was asked for: exit code 2, with a line."""
-    kind = ("cuda" if streams.num_gpus() else "cpu") if request.device_kind == "auto" else request.device_kind
+    kind = "cpu" if request.device_kind == "cpu" else "cuda"
     if kind == "cuda" and not streams.num_gpus():
-        print("no GPU is visible to this torch; leave --device out to run on CPU", file=sys.stderr)
+        print("no GPU is visible to this torch; --device cpu tries the suite at small sizes", file=sys.stderr)
         sys.exit(2)
     found: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
@@ -131,12 +132,15 @@ def _median_seconds(call: Any, device: torch.device, calls: int) -> float:
 def training(request: Request) -> None:
     """Our trainer against the compiled Hugging Face model, by model; what one of them cannot do does not stop the others."""
     result: dict[str, Any] = {"bench": "training", "models": {}}
-    for number, (name, (file, settings)) in enumerate(MODELS.items()):
-        share = request.seconds_left / (len(MODELS) - number)
-        request.tell(f"{name}: {share:.0f} s")
+    for number, (model, (file, settings)) in enumerate(MODELS.items()):
+        share, name = request.seconds_left / (len(MODELS) - number), model
         try:
-            bench = training_bench(name, file, settings, on_gpu=request.on_gpu, seconds=share)
-            result["models"][name] = step.measure(bench, lambda done, name=name: request.tell(f"{name}: round {done + 1}"))
+            bench = training_bench(model, file, settings, on_gpu=request.on_gpu, seconds=share)
+            if not request.on_gpu:
+                name += f", shrunk to {formulas.num_parameters(bench.config.model) / 1e6:.1g} M parameters for CPU"
+            request.tell(f"{name}: {share:.0f} s")
+            row = step.measure(bench, lambda done, name=name: request.tell(f"{name}: round {done + 1}"))
+            result["models"][name] = {**row, "shrunk": not request.on_gpu}
         except (RuntimeError, UserError) as error:
             result["models"][name] = {"error": str(error).partition("\n")[0]}
         request.save(result)
@@ -163,6 +167,9 @@ def kernels(request: Request) -> None:
 
 def unproven(request: Request) -> None:
     """Bodies that run only where they are named, since they may wait for ever, beside those that they would replace."""
+    if not request.on_gpu:
+        request.save({"skipped": "these bodies need a GPU"})
+        return
     from megatronish.bench.kernel_ops import OPS
     from megatronish.kernels.registry import only_by_name
 
@@ -192,13 +199,18 @@ def _kernels(request: Request, wanted: Callable[[str], bool], *, impls: Sequence
         if name:
             request.tell(name)
 
-    for name in names:  # one by one: what is done is kept, should a later one hang
+    for name in names:  # case by case: what is done is kept, should a later one hang
         bench = KernelsBench(ops=[name], impls=impls, device=device, rounds=7 if request.on_gpu else 2)
-        result = joined(result, measure(bench, on_case, seconds=max(0.0, request.seconds_left)))
+        keep = partial(_keep, request, result)
+        result = joined(result, measure(bench, on_case, seconds=max(0.0, request.seconds_left), on_result=keep))
         request.save(result)
     if result["wrong"]:
         print(f"wrong results: {'; '.join(result['wrong'])}", file=sys.stderr)
         sys.exit(1)
+
+
+def _keep(request: Request, before: dict[str, Any], found: dict[str, Any]) -> None:
+    request.save(joined(before, found))
 
 
 def joined(before: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -254,14 +266,16 @@ def _native_build(request: Request) -> dict[str, Any]:
 
 
 def sanitizer(request: Request) -> None:
-    """Every body of every op on its sample inputs against float64; on a GPU ours also under each tool of compute-sanitizer."""
+    """Every body of every op on its sample inputs against float64, and ours under each tool of compute-sanitizer; skipped where
+    that is not."""
+    tool = _compute_sanitizer() if request.on_gpu else None
+    if tool is None:
+        request.save({"skipped": "compute-sanitizer is not installed" if request.on_gpu else "compute-sanitizer needs a GPU"})
+        return
     result: dict[str, Any] = {"bench": "sanitizer", "tools": {}}
     result["bodies"] = _calls(request, [])
     request.save(result)
-    tool = _compute_sanitizer() if request.on_gpu else None
-    if tool is None:
-        result["reason"] = "compute-sanitizer is not installed" if request.on_gpu else "there is no GPU"
-    for name in SANITIZER_TOOLS if tool is not None else ():
+    for name in SANITIZER_TOOLS:
         if request.seconds_left < 5:
             result["tools"][name] = {"error": "out of time"}
             continue

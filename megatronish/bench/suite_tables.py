@@ -14,7 +14,9 @@ Result = dict[str, Any]
 
 
 def failure(part: Result) -> Parts:
-    """What a part that failed says."""
+    """What a part that failed, or was left out, says."""
+    if "skipped" in part:
+        return [f"skipped: {part['skipped']}"]
     return [f"failed after {part['part_seconds']:.0f} s: {part['error']}"] if "error" in part else []
 
 
@@ -27,14 +29,23 @@ def summary(result: Result) -> list[str]:
         if "error" in row:
             lines.append(f"training {name}: failed: {row['error']}")
             continue
+        if row.get("shrunk"):
+            lines.append(f"training {name}: {_shrunk(row)}")
+            continue
         mfu = row["mfu"]["megatronish"]
         lines.append(
-            f"training {name}: {row['tokens_per_second']['megatronish']:,.0f} tokens/s, {row['ratio']:.2f} x the Hugging Face "
-            f"model's; {row['fraction_of_matrix_rate']['megatronish']:.2f} of the matrix rate"
-            + ("" if mfu is None else f", MFU {mfu:.2f} of the published peak")
+            f"training {name}: {row['tokens_per_second']['megatronish']:,.0f} tokens/s, {row['ratio']:.3g} x the Hugging Face "
+            f"model's; {row['fraction_of_matrix_rate']['megatronish']:.3g} of the matrix rate"
+            + ("" if mfu is None else f", MFU {mfu:.3g} of the published peak")
         )
     failed = [f"{name}: {part['error']}" for name, part in parts.items() if "error" in part]
     return lines + [f"failed: {line}" for line in failed]
+
+
+def _shrunk(row: Result) -> str:
+    """Of a model that a CPU has seconds for: that it runs."""
+    rates = ", ".join(f"{name} {rate:,.4g} tokens/s" for name, rate in row["tokens_per_second"].items())
+    return f"{rates}: it runs; the numbers say nothing of the model"
 
 
 def _fastest_rows(part: Result) -> Iterator[str]:
@@ -50,11 +61,11 @@ def _fastest_rows(part: Result) -> Iterator[str]:
         if not ours:
             continue
         best = min(ours, key=lambda row: row["milliseconds"])
-        line = f"{op} {which} ({dims}): {best['implementation']}, {best['milliseconds']:.3f} ms, "
-        line += f"{best['fraction_of_limit']:.2f} of the limit"
+        line = f"{op} {which} ({dims}): {best['implementation']}, {best['milliseconds']:.3g} ms, "
+        line += f"{best['fraction_of_limit']:.3g} of the limit"
         if others:
             peer = min(others, key=lambda row: row["milliseconds"])
-            line += f"; {peer['implementation']} takes {peer['milliseconds'] / best['milliseconds']:.2f} x as long"
+            line += f"; {peer['implementation']} takes {peer['milliseconds'] / best['milliseconds']:.3g} x as long"
         yield line
 
 
@@ -76,10 +87,11 @@ def training(part: Result) -> Parts:
     """Of the part `training`: the table of `bench step` for each model."""
     parts: Parts = []
     for name, row in part["models"].items():
-        parts.append(
-            f"{name}: " + (f"failed: {row['error']}" if "error" in row else f"{row['parameters'] / 1e6:,.4g} M parameters")
-        )
-        if "error" not in row:
+        said = f"failed: {row['error']}" if "error" in row else f"{row['parameters'] / 1e6:,.4g} M parameters"
+        parts.append(f"{name}: {said}")
+        if row.get("shrunk"):
+            parts.append(_shrunk(row))
+        elif "error" not in row:
             parts += [*tables.step(row), *row["kernels"]]
     return parts
 
@@ -106,5 +118,4 @@ def sanitizer(part: Result) -> Parts:
     lines: Parts = [f"{right} bodies equal the reference in float64 on their sample inputs, within roundings"]
     lines += [f"WRONG {row['op']} {row['body']} {row['dtype']}: {row['wrong']}" for row in rows if row["wrong"]]
     lines += [f"not run: {line}" for line in refused]
-    lines += [f"compute-sanitizer {name}: {row.get('error') or row['summary']}" for name, row in part["tools"].items()]
-    return lines + ([f"compute-sanitizer: not run: {part['reason']}"] if "reason" in part else [])
+    return lines + [f"compute-sanitizer {name}: {row.get('error') or row['summary']}" for name, row in part["tools"].items()]

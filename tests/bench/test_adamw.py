@@ -39,3 +39,19 @@ def test_a_variant_that_computes_something_else_is_not_timed(monkeypatch: pytest
     monkeypatch.setattr(adamw, "adamw_", wrong)
     with pytest.raises(UserError, match="adamw: megatronish is off by"):
         adamw.measure(BENCH)
+
+
+def test_too_little_memory_is_one_line_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "free_bytes", lambda: 1_300_000_000)
+    adamw.require_memory(9_000_000)
+    with pytest.raises(UserError, match=r"need 13 GB together and 1\.3 GB are free; give at most 10000000$"):
+        adamw.require_memory(100_000_000)
+
+
+def test_what_is_compiled_already_is_not_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(adamw, "find_package", lambda name: object())
+    assert adamw.must_compile_deepspeed()
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
+    assert not adamw.must_compile_deepspeed()

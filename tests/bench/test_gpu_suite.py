@@ -7,12 +7,13 @@ import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from rich.console import Console
 
-from megatronish.bench import gpu_suite, suite_parts
+from megatronish.bench import gpu_suite, suite_parts, suite_tables
 from megatronish.bench.gpu_suite import PARTS, Part, Suite, run_suite, suite_of
 from megatronish.bench.show import show
 from megatronish.bench.suite_calls import call_all
@@ -20,6 +21,7 @@ from megatronish.bench.suite_part import Request
 from megatronish.errors import UserError
 from megatronish.kernels.registry import bodies_of
 from megatronish.kernels.table import KERNELS
+from tests.bench import suite_stand_ins
 
 STAND_INS = "tests.bench.suite_stand_ins"
 
@@ -73,21 +75,30 @@ def test_limits_and_training_on_cpu_are_the_real_ones(tmp_path: Path, monkeypatc
         seen[bench.config.name] = bench
         if bench.config.name == "gpt3_175b":
             raise RuntimeError("out of memory\nand more")
-        return {"ratio": 1.0}
+        return {"tokens_per_second": {"megatronish": 1234.0}, "parameters": 1e5}
 
     monkeypatch.setattr(suite_parts.step, "measure", measure)
     with pytest.raises(SystemExit):
         suite_parts.training(request)
-    models = json.loads(request.out.read_text())["models"]
-    assert models == {"gpt2_124m": {"ratio": 1.0}, "gpt_1.3b": {"error": "out of memory"}, "llama3_8b, 4 layers": {"ratio": 1.0}}
+    found = json.loads(request.out.read_text())
+    names = {name.partition(", shrunk to ")[0]: row.get("error", "") for name, row in found["models"].items()}
+    assert names == {"gpt2_124m": "", "gpt_1.3b": "out of memory", "llama3_8b, 4 layers": ""}
+    assert all(name.endswith(" M parameters for CPU") for name in found["models"])
+    lines = [*map(str, suite_tables.training(found)), *suite_tables.summary({"parts": {"training": found}})]
+    assert any("1,234 tokens/s" in line for line in lines)
+    assert not any("matrix rate" in line or "ratio" in line or " x " in line for line in lines)
     assert all(bench.num_ranks == 1 and not bench.compiled and bench.seconds < 60 for bench in seen.values())
 
 
 def test_kernels_are_measured_op_by_op_and_what_is_done_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(bench: Any, on_case: Any, seconds: float) -> dict[str, Any]:
+    def measure(bench: Any, on_case: Any, seconds: float, on_result: Any) -> dict[str, Any]:
         (op,) = bench.ops
         if op == "swiglu":
+            on_result(of_op("swiglu, its first case"))
             raise RuntimeError("the card fell out")
+        return of_op(op)
+
+    def of_op(op: str) -> dict[str, Any]:
         missing = [{"implementation": "cuda", "reason": "tensors on CPU", "ops": [op]}]
         lists = {"rows": [op], "left_out": [], "wrong": [], "missing": missing, "asked": ["deepspeed"]}
         return {"bench": "kernels", **lists, "limits": {"matrix_tflops": 1.0 if op == "rms_norm" else 3.0, "copy": None}}
@@ -98,9 +109,38 @@ def test_kernels_are_measured_op_by_op_and_what_is_done_is_kept(tmp_path: Path, 
     with pytest.raises(RuntimeError):
         suite_parts.kernels(request)
     kept = json.loads(request.out.read_text())
-    assert kept["rows"] == ["rms_norm", "square_sum"] and kept["asked"] == ["deepspeed"]
-    assert kept["missing"] == [{"implementation": "cuda", "reason": "tensors on CPU", "ops": ["rms_norm", "square_sum"]}]
-    assert kept["limits"] == {"matrix_tflops": 2.0, "copy": None}
+    assert kept["rows"] == ["rms_norm", "square_sum", "swiglu, its first case"] and kept["asked"] == ["deepspeed"]
+    assert kept["missing"] == [{"implementation": "cuda", "reason": "tensors on CPU", "ops": kept["rows"]}]
+    assert kept["limits"]["matrix_tflops"] == pytest.approx(7 / 3) and kept["limits"]["copy"] is None
+
+
+def test_what_cannot_run_on_cpu_is_skipped_and_is_no_failure(tmp_path: Path) -> None:
+    names = ("sanitizer", "unproven")
+    suite = Suite({name: PARTS[name] for name in names}, "cpu", 60, tmp_path / "r.json")
+    told: list[str] = []
+
+    def run_part(target: str, *more: Any) -> dict[str, Any]:
+        function = target.partition(":")[2]
+        request = Request("cpu", tmp_path / function, 60)
+        getattr(suite_parts if function in names else suite_stand_ins, function)(request)
+        return json.loads(request.out.read_text())  # type: ignore[no-any-return]
+
+    with patch.object(gpu_suite, "run_part", run_part):
+        file, result = run_suite(suite, told.append)
+    assert not any("error" in part for part in result["parts"].values())
+    assert "sanitizer: skipped: compute-sanitizer needs a GPU" in told
+    assert "skipped: compute-sanitizer needs a GPU" in shown(file) and "skipped: these bodies need a GPU" in shown(file)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_how_to_try_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        suite_parts.describe(Request("auto", tmp_path / "out.json", 60))
+    assert ended.value.code == 2
+    line = "no GPU is visible to this torch; --device cpu tries the suite at small sizes"
+    assert capsys.readouterr().err.strip() == line
+    with patch.object(gpu_suite, "run_part", lambda *given: {"error": line}), pytest.raises(UserError, match=f"^{line}$"):
+        run_suite(suite_of([]), print)
 
 
 def test_models_of_the_suite_are_what_they_are_called() -> None:

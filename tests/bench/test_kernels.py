@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from megatronish.bench import kernel_ops, kernel_peers, limits, show
+from megatronish.bench import kernel_ops, kernel_peers, kernel_plots, limits, show
 from megatronish.bench.cli import app
 from megatronish.bench.kernel_op import BenchOp
 from megatronish.bench.kernel_ops import OPS
@@ -113,6 +114,7 @@ def test_a_wrong_body_is_reported_and_not_timed(shapes: str, tmp_path: Path, mon
     file = tmp_path / "out.json"
     ran = CliRunner().invoke(app, ["kernels", "--op", "gelu", "--shapes", shapes, "--rounds", "1", "--json", str(file)])
     assert ran.exit_code == 1 and "WRONG: gelu backward: triton" in ran.output
+    assert "gelu T 4 F 8: 1 of 1" in ran.stderr and f"wrote {file}; `megatronish bench show {file}` prints it" in ran.stdout
     rows = {(r["implementation"], r["pass"]): r for r in json.loads(file.read_text())["rows"]}
     assert rows["triton", "backward"]["status"] == "WRONG" and rows["triton", "backward"]["error"] > 1
     assert not rows["triton", "backward"]["all_milliseconds"] and rows["triton", "backward"]["milliseconds"] is None
@@ -162,6 +164,16 @@ def test_every_op_has_a_case_of_every_preset_and_counts_the_bytes_that_go_in_and
                 _check_bytes(op, dims, arguments, results, gradients)
 
 
+def test_every_choice_of_a_config_is_measured_by_some_op() -> None:
+    assert set(registry.choices()) <= {choice for op in OPS.values() for choice in op.choices}
+
+
+def test_one_that_is_named_and_ran_in_no_case_is_one_line(shapes: str) -> None:
+    ran = CliRunner().invoke(app, ["kernels", "--op", "attention", "--shapes", shapes, "--impl", "sdpa-cudnn"])
+    assert isinstance(ran.exception, UserError) and not ran.output.strip()
+    assert re.fullmatch(r"--impl sdpa-cudnn: cannot run here: .*; leave it out", str(ran.exception))
+
+
 def _check_bytes(op: BenchOp, dims: Any, arguments: Any, results: list[Tensor], gradients: list[Tensor]) -> None:
     """Statistics of rows, tables and documents are counted or not, and are small."""
     flat = [b for a in arguments for b in (a if isinstance(a, list) else [a]) if isinstance(b, Tensor)]
@@ -173,6 +185,8 @@ def _check_bytes(op: BenchOp, dims: Any, arguments: Any, results: list[Tensor], 
         kept = op.name not in ("split_rotary", "dropout")
         again = sum(arguments[i].numel() * 2 for i in op.differentiable) if kept else 0
         out = results[0].numel() * 2 if op.name.startswith("attention") else 0
+        if op.name.endswith("_add") or op.name.startswith("add_"):  # two gradients are one tensor; a sum is kept, not its parts
+            again -= 2 * arguments[0].numel() * 2
         if op.name == "split_rotary":
             again = sum(table.numel() * 4 for table in arguments[1:3])
         assert work["backward"].bytes == pytest.approx(moved + again + out, rel=0.04)
@@ -280,6 +294,21 @@ def test_the_fastest_is_the_one_with_the_least_time_over_all_that_it_did() -> No
     found = {"rows": rows, "device_kind": "cuda", "wrong": []}
     assert fastest(found) == {"gelu": "triton"}
     assert summary(found)[1].endswith("to force these: kernels.gelu=triton")
+    rows += [{**row("gelu", "forward", "peer", 0.2), "kind": "peer"}, {**row("gelu", "backward", "slow", 1.3), "kind": "peer"}]
+    assert summary(found)[0] == "fastest of ours: gelu triton; a peer is faster in: gelu (peer, 2.5 x)"
+
+
+def test_a_busy_machine_is_said(result: dict[str, Any]) -> None:
+    line = "the machine is busy (load 1.1 on 2 cores): these numbers mean little"
+    assert line in _texts(render({**result, "load": 1.1, "cores": 2}))
+    assert "busy" not in _texts(render({**result, "load": 0.9, "cores": 2}))
+
+
+def test_a_bar_that_is_cut_carries_its_value(result: dict[str, Any]) -> None:
+    row = next(row for row in result["rows"] if row["milliseconds"] is not None)
+    for share, shown in ((7.89, True), (0.89, False)):
+        texts = kernel_plots._shares({**result, "rows": [{**row, "fraction_of_limit": share}]}).axes[0].texts
+        assert any(text.get_text().strip() == f"{share:.3g}" for text in texts) is shown
 
 
 @pytest.mark.parametrize("file", sorted(show.RESULTS.glob("*.json")), ids=lambda file: file.name)
@@ -293,6 +322,7 @@ def test_what_is_no_result_is_one_line(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ('{"bench": "bread"}', "which no bench knows"),
         ('{"bench": "step"}', "not a result of step"),
+        ('[{"choice": "gelu", "implementation": "torch"}]', "is a run's choice of kernels, no bench result"),
     ]:
         file = tmp_path / "x.json"
         file.write_text(text)
