@@ -10,6 +10,7 @@ import typer
 
 from megatronish.bench import tables
 from megatronish.bench.progress import progress, wrote
+from megatronish.errors import UserError
 from megatronish.json_file import writable, write_json
 
 app = typer.Typer(
@@ -27,6 +28,16 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 
 def _writable(path: Path | None) -> Path | None:
     return None if path is None else writable(path)
+
+
+def _folder(path: Path | None) -> Path | None:
+    """A folder that is there or can be made: UserError before anything is measured."""
+    if path is not None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--plot {path}: no folder can be made there ({error.strerror}); name one of yours") from None
+    return path
 
 
 JsonFile = Annotated[Path | None, typer.Option("--json", callback=_writable, help="Write the numbers here as well.")]
@@ -177,7 +188,7 @@ def adamw(
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant runs; medians are reported.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every variant; default: all cores.")] = None,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture to this folder, as SVG and PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=_folder, help="Write a picture to this folder, as SVG and PNG.")] = None,
 ) -> None:
     """AdamW and the whole optimizer step on CPU against torch and DeepSpeed's CPUAdam, checked against float64 first.
 
@@ -210,7 +221,9 @@ def collectives(
     rounds: Annotated[int, typer.Option(min=1, help="How often each case runs; medians are reported.")] = 7,
     seconds: Annotated[float, typer.Option(min=0, help="No round begins after this time, but for the first.")] = 120,
     json_file: Annotated[Path | None, typer.Option("--json", help="Rank 0 writes the numbers here as well.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Rank 0 writes a picture to this folder, as SVG and PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=_folder, help="Rank 0 writes a picture to this folder, as SVG and PNG.")
+    ] = None,
 ) -> None:
     """All-reduce, reduce-scatter, all-gather and send/receive along each axis of a layout, in algorithm and bus bandwidth, checked
     first: with --nproc, or as a rank under torchrun, srun, mpirun or deepspeed.
@@ -311,7 +324,7 @@ def kernels(
     seconds: Annotated[float | None, typer.Option(min=0, help="Begin no further case after so long.")] = None,
     tutorial: Annotated[Path | None, typer.Option(help="Triton's 06-fused-attention.py, as a peer.")] = None,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option(help="Write pictures to this folder, as SVG and PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(callback=_folder, help="Write pictures to this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Which kernel to use, and how far it is from the limit: every implementation of every op, here.
 

@@ -148,8 +148,8 @@ def suite_of(arguments: Sequence[str]) -> Suite:
     names = [name.strip() for name in options.parts.split(",")]
     if unknown := [name for name in names if name not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: no such part; there are {', '.join(PARTS)}")
-    if not options.minutes > 0:
-        raise UserError(f"--minutes {options.minutes:g}: must be above 0")
+    if not 0 < options.minutes <= 24 * 60:
+        raise UserError(f"--minutes {options.minutes:g}: must be above 0, and at most a day")
     file = None if options.json is None else writable(options.json)
     return Suite({name: part for name, part in PARTS.items() if name in names}, options.device, options.minutes * 60, file)
 

@@ -138,6 +138,8 @@ def _read(path: Path) -> dict[str, list[Dims]]:
     values, problems = read_yaml_file(path).values, Problems()
     found = {op: problems.attempt(op, partial(_checked, path, op, given)) for op, given in values.items()}
     problems.raise_all()
+    if not any(found.values()):
+        raise UserError(f"{path}: gives no sizes; name an op and its sizes, such as rms_norm: {{{_example('rms_norm')}}}")
     return {op: rows for op, rows in found.items() if rows is not None}
 
 
@@ -153,6 +155,8 @@ def _checked(path: Path, op: str, given: object) -> list[Dims]:
             raise UserError(f"{path}: {op}: {bad}={row[bad]} must be a whole number from 1 up")
         if "G" in row and row["H"] % row["G"]:
             raise UserError(f"{path}: {op}: H={row['H']} is not a multiple of G={row['G']}; use a divisor of {row['H']}")
+        if op == "split_rotary" and row["K"] % 2:
+            raise UserError(f"{path}: {op}: K={row['K']} is odd, but elements turn in pairs; use {row['K'] + 1}")
     return rows
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatronish.bench.kernel_shapes import describe
+from megatronish.config_kernels import KernelsConfig
 
 Row = dict[str, Any]
 
@@ -140,7 +141,8 @@ def summary(result: dict[str, Any]) -> list[str]:
         lines[0] += "; a peer is faster in: " + ", ".join(
             f"{op} ({name}, {significant(factor)} x)" for op, (name, factor) in peers.items()
         )
-    chosen = {_key(op): name for op, name in reversed(found.items())}
+    keys = KernelsConfig.model_fields
+    chosen = {_key(op): name for op, name in reversed(found.items()) if _key(op) in keys}
     if chosen and result["device_kind"] == "cuda":
         settings = " ".join(f"kernels.{key}={name}" for key, name in sorted(chosen.items()))
         lines.append(f"`auto`, the default, measures each run's own sizes; to force these: {settings}")

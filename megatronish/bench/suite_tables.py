@@ -17,7 +17,7 @@ def failure(part: Result) -> Parts:
     """What a part that failed, or was left out, says."""
     if "skipped" in part:
         return [f"skipped: {part['skipped']}"]
-    return [f"failed after {part['part_seconds']:.0f} s: {part['error']}"] if "error" in part else []
+    return [f"failed after {part.get('part_seconds', 0.0):.0f} s: {part['error']}"] if "error" in part else []
 
 
 def summary(result: Result) -> list[str]:

@@ -176,7 +176,7 @@ def test_every_op_with_several_bodies_is_called_and_right() -> None:
     ("arguments", "said"),
     [
         (["--parts", "kernels,nothing"], "--parts nothing: no such part; there are limits, kernels"),
-        (["--minutes", "0"], "--minutes 0: must be above 0"),
+        (["--minutes", "0"], "--minutes 0: must be above 0, and at most a day"),
         (["--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no folder /nowhere"),
     ],
 )
