@@ -251,6 +251,8 @@ def test_what_makes_no_sense_is_one_line(bench: KernelsBench, line: str) -> None
         ("gelu: {T: 1}", "gelu: {T: 1} must give T, F, such as {T: 8192, F: 14336}"),
         ("gelu: {T: 1, F: 0}", "gelu: F=0 must be a whole number from 1 up"),
         ("attention: {S: 1, B: 1, H: 3, G: 2, K: 8}", "attention: H=3 is not a multiple of G=2; use a divisor of 3"),
+        ("split_rotary: {S: 1, B: 1, H: 2, G: 2, K: 7}", "split_rotary: K=7 is odd, but elements turn in pairs; use 8"),
+        ("gelu: []", "gives no sizes; name an op and its sizes, such as rms_norm: {T: 8192, D: 4096}"),
     ],
 )
 def test_a_file_of_shapes_says_what_is_wrong_with_it(text: str, line: str, tmp_path: Path) -> None:
