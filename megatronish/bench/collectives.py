@@ -254,7 +254,7 @@ def _name_of(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(microseconds: str, algorithm: str, bus: str) -> str:
-    return f"{microseconds:>7} |{algorithm:>7} |{bus:>7}"
+    return f"{microseconds:>7}|{algorithm:>8}|{bus:>8}"
 
 
 def render(result: dict[str, Any]) -> Parts:
@@ -265,7 +265,7 @@ def render(result: dict[str, Any]) -> Parts:
     ]
     lines += [f"wrong: {text}" for text in result["wrong"]]
     for _, rows in _by_axis(result):
-        table = Table("dtype", "message", title=_name_of(rows), title_justify="left")
+        table = Table("dtype", "message", title=_name_of(rows), title_justify="left", padding=0)
         for operation in OPERATIONS:
             table.add_column(f"{operation}\n{_cell('us', 'alg', 'bus')}", justify="right")
         cells: dict[tuple[str, str], dict[str, str]] = {}

@@ -168,6 +168,17 @@ def test_every_choice_of_a_config_is_measured_by_some_op() -> None:
     assert set(registry.choices()) <= {choice for op in OPS.values() for choice in op.choices}
 
 
+def test_the_readme_lists_every_op_with_its_dimensions_and_every_preset(tmp_path: Path) -> None:
+    text = (Path(kernel_ops.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| (.+) \| ([A-Z](?:, [A-Z])*) \|$", text, re.MULTILINE)
+    assert {op: tuple(letters.split(", ")) for ops, letters in rows for op in ops.split(", ")} == DIMENSIONS
+    sentence = text[text.index("`--shapes` takes a preset") :]
+    assert set(presets()) == set(re.findall(r"[\w-]+", sentence[: sentence.index(" or a\n")])) & set(presets())
+    file = tmp_path / "shapes.yaml"
+    file.write_text(sentence.split("```yaml\n")[1].split("```")[0])
+    assert len(shapes_of(str(file))["attention"]) == 2
+
+
 def test_one_that_is_named_and_ran_in_no_case_is_one_line(shapes: str) -> None:
     ran = CliRunner().invoke(app, ["kernels", "--op", "attention", "--shapes", shapes, "--impl", "sdpa-cudnn"])
     assert isinstance(ran.exception, UserError) and not ran.output.strip()
