@@ -147,6 +147,12 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def shared_memory_per_block(device: torch.device) -> int:
+    """Bytes of shared memory that a block of a GPU may ask for."""
+    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return size
+
+
 def stream_handle(device: torch.device) -> int:
     """The address of the current stream of a GPU, for native launchers."""
     handle: int = torch.cuda.current_stream(device).cuda_stream

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +148,20 @@ def test_refuses_by_name() -> None:
         shifted = torch.empty(8 * 2 * 64 + 1, dtype=torch.bfloat16)[1:].view(8, 1, 2, 64)
         assert "16 bytes" in str(cuda.refuses(shifted, key, value))
         assert "16 bytes" in str(cuda.refuses(query.transpose(0, 3).contiguous().transpose(0, 3), key, value))
+
+
+def test_refuses_what_takes_more_shared_memory_than_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (Path(__file__).resolve().parents[2] / "csrc/cuda/attention.cu").read_text()
+    kept, passing = map(int, re.findall(r"kKept = (\d+), kPassing = (\d+)", source)[0])
+    formula = re.findall(r"kShared = (.*kKept.*);", source)[0]
+    for K in cuda.HEAD_SIZES:
+        assert cuda.shared_bytes(K) == eval(formula, {"kKept": kept, "kPassing": passing, "K": K})
+    with as_cuda():
+        given = {K: draw(8, 1, 1, 1, K, torch.bfloat16)[:3] for K in cuda.HEAD_SIZES}
+        assert all(cuda.refuses(*x) is None for x in given.values())
+        monkeypatch.setattr(cuda, "shared_memory_of", lambda x: 99 * 1024)  # compute capabilities 8.6, 8.9 and 12.0
+        assert cuda.refuses(*given[64]) is None
+        assert re.search("101376 bytes.*132096", str(cuda.refuses(*given[128])))
 
 
 def test_agrees_with_the_op() -> None:

@@ -67,6 +67,26 @@ def test_a_tile_takes_nothing_of_the_next_sample_and_of_heads_that_stand_beside_
     check([query, key, value, torch.ones(33, 2, 2, 16)])
 
 
+def test_an_allocator_that_was_set_before_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import _allocation
+
+    monkeypatch.setattr(kernels, "architecture", lambda: 90)
+    before, during = _allocation._allocator.get(), []
+    monkeypatch.setattr(kernels.attention, "launch_forward", lambda *_, **__: during.append(_allocation._allocator.get()))
+    q, k, v, _ = inputs(4, 4, 1, 1, 1, 16, HALF)
+
+    def own(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8)
+
+    kernels.triton.set_allocator(own)
+    try:
+        kernels.forward(q, k, v, kernels.Masks(), 0.25)
+        assert _allocation._allocator.get() is own
+    finally:
+        kernels.triton.set_allocator(before)
+    assert during and during[0] is not own
+
+
 def test_what_it_cannot_do_it_refuses_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = inputs(4, 4, 1, 1, 1, 16, FLOAT)
     plain = kernels.Masks()

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatronish.kernels.cuda.launch import DTYPES, dense, is_misaligned, module, stream_of, unavailable
+from megatronish.kernels.cuda.launch import DTYPES, dense, is_misaligned, module, shared_memory_of, stream_of, unavailable
 
 HEAD_SIZES = (64, 128)
+
+
+def shared_bytes(K: int) -> int:
+    """Of backward's blocks, which take more than forward's: `Backward<K>::kShared` of csrc/cuda/attention.cu."""
+    kept, passing = 128, 64
+    return (2 * kept + 4 * passing) * K * 2 + 4 * passing * 4
 
 
 def refuses(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor) -> str | None:
@@ -25,6 +31,8 @@ def refuses(query_SBHK: Tensor, key_SBGK: Tensor, value_SBGK: Tensor) -> str | N
     S, B, H, K = query_SBHK.shape
     if K not in HEAD_SIZES:
         return f"head size {K} (64 and 128 only)"
+    if shared_bytes(K) > (allowed := shared_memory_of(query_SBHK)):
+        return f"head size {K} on a device with {allowed} bytes of shared memory a block (backward takes {shared_bytes(K)})"
     if key_SBGK.shape[0] != S:
         return f"{S} queries with {key_SBGK.shape[0]} keys (as many of each only)"
     if B >= 2**16 or H >= 2**16 or S * B * H >= 2**31:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatronish import native
-from megatronish.comm.streams import compute_capability, is_current, stream_handle
+from megatronish.comm.streams import compute_capability, is_current, shared_memory_per_block, stream_handle
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """As csrc/cuda/cuda.h numbers them."""
@@ -40,6 +40,11 @@ def unavailable(x: Tensor) -> str | None:
 def stream_of(x: Tensor) -> int:
     """The current stream of the tensor's device; 0 on CPU, where tests run these kernels."""
     return stream_handle(x.device) if x.device.type == "cuda" else 0
+
+
+def shared_memory_of(x: Tensor) -> int:
+    """Bytes that a block may take where the tensor is; on CPU, where tests run these kernels, as many as on sm_80."""
+    return shared_memory_per_block(x.device) if x.device.type == "cuda" else 163 * 1024
 
 
 def is_misaligned(x: Tensor) -> bool:

@@ -10,11 +10,13 @@ its block. Blackwell takes two loops and any descriptor.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import _allocation
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatronish.kernels.triton import attention
@@ -64,11 +66,20 @@ def forward(query_SBHK: Tensor, key_TBGK: Tensor, value_TBGK: Tensor, masks: Mas
     tma = forward_mode(architecture())
     query = query_SBHK if tma == 2 else _descriptor(query_SBHK, tile.queries)
     sources = (query, _descriptor(key_TBGK, tile.keys), _descriptor(value_TBGK, tile.keys))
-    if tma == 2:
-        # For the descriptors made in the kernel, 128 bytes a program. What is set holds for this thread, which may be autograd's.
-        device = query_SBHK.device
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    return attention.launch_forward(sources, query_SBHK, key_TBGK, value_TBGK, masks, scale, tile=tile, tma=tma)
+    with _workspace_on(query_SBHK.device) if tma == 2 else nullcontext():
+        return attention.launch_forward(sources, query_SBHK, key_TBGK, value_TBGK, masks, scale, tile=tile, tma=tma)
+
+
+@contextmanager
+def _workspace_on(device: torch.device) -> Iterator[None]:
+    """For the descriptors made in the kernel, 128 bytes a program. Whoever has set an allocator of this thread, which may be
+    autograd's, finds it again."""
+    before = _allocation._allocator.get()
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    try:
+        yield
+    finally:
+        triton.set_allocator(before)
 
 
 def forward_mode(architecture: int) -> int:
