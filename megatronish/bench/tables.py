@@ -67,7 +67,7 @@ def step(result: dict[str, Any]) -> Parts:
         table.add_row(
             f"{name}, {result['layout']}" if ours else name + threads,
             f"{rate:,.0f}",
-            f"{result['cpu_seconds_per_step'][name]:.2f}",
+            f"{result['cpu_seconds_per_step'][name]:.3g}",
             *("-" if value is None else f"{value:.3g}" for value in of.values()),
             "-" if peak is None else f"{peak / 2**30:.1f}",
         )

@@ -181,7 +181,7 @@ def test_the_readme_lists_every_op_with_its_dimensions_and_every_preset(tmp_path
 
 def test_one_that_is_named_and_ran_in_no_case_is_one_line(shapes: str) -> None:
     ran = CliRunner().invoke(app, ["kernels", "--op", "attention", "--shapes", shapes, "--impl", "sdpa-cudnn"])
-    assert isinstance(ran.exception, UserError) and not ran.output.strip()
+    assert isinstance(ran.exception, UserError) and not ran.stdout.strip()
     assert re.fullmatch(r"--impl sdpa-cudnn: cannot run here: .*; leave it out", str(ran.exception))
 
 
