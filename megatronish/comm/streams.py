@@ -7,6 +7,7 @@ import mmap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -149,7 +150,8 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 def shared_memory_per_block(device: torch.device) -> int:
     """Bytes of shared memory that a block of a GPU may ask for."""
-    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack this one
+    size: int = properties.shared_memory_per_block_optin
     return size
 
 
