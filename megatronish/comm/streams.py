@@ -149,7 +149,8 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 def shared_memory_per_block(device: torch.device) -> int:
     """Bytes of shared memory that a block of a GPU may ask for."""
-    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # The binding has it, torch's stub does not.
+    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     return size
 
 
