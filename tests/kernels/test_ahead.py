@@ -55,6 +55,9 @@ from dataclasses import replace
 from megatronish.kernels.triton import attention
 from megatronish.kernels.triton.ahead import compile_ahead
 
+for kernel in attention.KERNELS.values():
+    free = {p.name for p in kernel.params if not p.do_not_specialize and not p.is_constexpr and "ptr" not in p.name}
+    assert not free & {"document_stride", "first_head", "repeats", "key", "threshold"}, free
 kernel = next(a for a in attention.ahead() if a.name == "attention K64 forward" and 90 in a.architectures)
 print(compile_ahead(replace(kernel, needs=("tma",)), 90).fault)
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from megatronish.kernels.registry import choosing
 kernels = pytest.importorskip("megatronish.kernels.triton.attention", reason="triton is not installed")
 # float16: weights are rounded before they meet the values, scores' gradients before keys and queries, the output and each gradient
 # at the end, and backward starts from an output that was rounded. Sums of up to 100 terms in float32; some cancel: a factor 8.
+MAP_NORESERVE = 0x4000
 LIMIT = {torch.float32: 8 * 100**0.5 * 2.0**-24, torch.float16: 6 * 2.0**-11}
 
 
@@ -111,9 +113,44 @@ def test_inputs_cut_out_of_a_packed_projection_are_taken_as_they_are() -> None:
     check([query, key, value, torch.ones(33, 1, 4, 16)])
 
 
-def test_what_it_cannot_do_it_refuses_with_the_reason() -> None:
+def test_heads_may_stand_more_than_2_to_the_31_elements_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 12 GiB of addresses, of which a few pages are touched: a product of 32 bits would end before the middle, at zeros. The kernels
+    # get tensors that begin there and own a little, since the interpreter copies all that a tensor's storage holds.
+    step, dout = 2**30, inputs(3, 3, 1, 3, 3, 8, torch.float16)[3]
+    plain, masks, tiles = inputs(3, 3, 1, 3, 3, 8, torch.float16)[:3], kernels.Masks(), kernels._FLOAT32
+    pages = mmap.mmap(-1, 6 * step * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    memory = torch.frombuffer(pages, dtype=torch.float16)
+    places = [3 * step + 64 * i for i in range(3)]
+    apart = [memory[place:].as_strided(x.shape, (8, 0, step, 1)) for place, x in zip(places, plain, strict=True)]
+    for far, x in zip(apart, plain, strict=True):
+        far.copy_(x)
+    near = tuple(torch.frombuffer(pages, dtype=torch.float16, count=24, offset=2 * place) for place in places)
+    common = kernels._common
+
+    def without_storage(*given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        arguments, flags = common(*given)
+        return arguments | dict.fromkeys(("documents_ptr", "slopes_ptr", "samples_ptr"), dout), flags
+
+    monkeypatch.setattr(kernels, "_common", without_storage)
+    out, lse = kernels.launch_forward(near, *apart, masks, 0.3, tile=tiles.forward, tma=0)
+    gradients = kernels.launch_backward(lambda _: (dout, *near), dout, *apart, out, lse, masks, 0.3, tiles=tiles, tma=0)
+    want_out, want_lse = kernels.forward(*plain, masks, 0.3)
+    want = (want_out, want_lse, *kernels.backward(dout, *plain, want_out, want_lse, masks, 0.3))
+    assert all(torch.equal(a, b) for a, b in zip((out, lse, *gradients), want, strict=True))
+
+
+def test_what_it_cannot_do_it_refuses_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = inputs(4, 4, 1, 1, 1, 12, torch.float32)
     assert "multiples of 8" in kernels.refuses(q, k, v, kernels.Masks())
     assert "float64" in kernels.refuses(*(x.double() for x in (q, k, v)), kernels.Masks())
+    wide = torch.empty(1, 1, 1, 8).expand(1, 2**12, 16, 8)
+    assert "4096 samples of 16 heads" in kernels.refuses(wide, wide, wide, kernels.Masks())
+    assert kernels.refuses(*(x[:, 1:] for x in (wide, wide, wide)), kernels.Masks()) is None
+    monkeypatch.setattr(kernels, "architecture", lambda: 89)
+    large, small = (torch.zeros(1, 1, 1, K, dtype=torch.bfloat16) for K in (256, 128))
+    assert "101376 bytes of shared memory" in kernels.refuses(large, large, large, kernels.Masks())
+    assert kernels.refuses(small, small, small, kernels.Masks()) is None
+    of = {a: kernels.tiles_for(128, torch.bfloat16, masks=kernels.Masks(), architecture=a) for a in (80, 89, 120)}
+    assert of[80] == of[89] == of[120]
     with choosing({"attention": "triton"}), pytest.raises(ValueError, match=r"kernels.attention=triton.*multiples of 8.*set it to"):
         attention(q, k, v)

@@ -95,6 +95,8 @@ def test_what_it_cannot_do_it_refuses_with_the_reason(monkeypatch: pytest.Monkey
     odd = torch.empty(4 * 16 + 1)[1:].view(4, 1, 1, 16)
     assert "aligned" in kernels.refuses(odd, k, v, plain)
     assert "head size 12" in kernels.refuses(*(x[..., :12] for x in (q, k, v)), plain)
+    monkeypatch.setattr(kernels, "architecture", lambda: 120)
+    assert "99 KiB" in kernels.refuses(q, k, v, plain)
     monkeypatch.setattr(kernels, "architecture", lambda: 80)
     assert "9.0 and up" in kernels.refuses(q, k, v, plain)
     with choosing({"attention": "triton-tma"}), pytest.raises(ValueError, match=r"kernels.attention=triton-tma.*sm_80.*set it to"):

@@ -22,6 +22,13 @@ from megatronish.kernels.triton.launch import architecture
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD_SIZES = range(8, 257, 8)
+MOST_HEADS = 2**16 - 1
+"""Samples times heads: the second dimension of a grid takes no more."""
+NARROW = (86, 89, 120, 121)
+"""Compute capabilities (x 10) whose blocks may take 99 KiB of shared memory: the cuts of sm_80 for heads up to 128 fit (96 KiB)."""
+LARGEST_NARROW = 128
+UNSPECIALISED = ("document_stride", "H", "repeats", "first_head", "key", "threshold")
+"""What a launch would make a constant where it is 1: what `ahead` measures is then not what runs."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def load_tile(
         return load_rows(source, first + tl.arange(0, ROWS), size, stride, K, KP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, documents_ptr, slopes_ptr, samples_ptr,
     q_stride_s, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_g, v_stride_t, v_stride_b, v_stride_g,
@@ -126,10 +133,10 @@ def forward_kernel(
     group = head // repeats
     rows = block * M + tl.arange(0, M)
     if TMA != 1:
-        q_ptr += sample.to(tl.int64) * q_stride_b + head * q_stride_h
+        q_ptr += sample.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
     if TMA == 0:
-        k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
-        v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
+        k_ptr += sample.to(tl.int64) * k_stride_b + group.to(tl.int64) * k_stride_g
+        v_ptr += sample.to(tl.int64) * v_stride_b + group.to(tl.int64) * v_stride_g
     documents_ptr += sample
     if TMA == 2:
         made = tl.make_tensor_descriptor(q_ptr, [S, K], [q_stride_s.to(tl.int64), tl.constexpr(1)], [M, KP])
@@ -200,7 +207,7 @@ def delta_kernel(dout_ptr, out_ptr, delta_ptr, S, B, H, K: tl.constexpr, KP: tl.
     tl.store(delta_ptr + (sample.to(tl.int64) * H + head) * S + rows, delta, mask=rows < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def query_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, documents_ptr, slopes_ptr, samples_ptr,
     q_stride_s, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_g, v_stride_t, v_stride_b, v_stride_g,
@@ -215,9 +222,9 @@ def query_kernel(
     group = head // repeats
     rows = block * M + tl.arange(0, M)
     if TMA == 0:
-        q_ptr += sample.to(tl.int64) * q_stride_b + head * q_stride_h
-        k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
-        v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
+        q_ptr += sample.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+        k_ptr += sample.to(tl.int64) * k_stride_b + group.to(tl.int64) * k_stride_g
+        v_ptr += sample.to(tl.int64) * v_stride_b + group.to(tl.int64) * v_stride_g
         dout_ptr += (sample * H + head).to(tl.int64) * K
     documents_ptr += sample
     q = load_tile(q_ptr, block * M, S, q_stride_s, sample, head, M, K, KP, TMA)
@@ -265,7 +272,7 @@ def query_kernel(
     tl.store(dq_ptr + at, (dq * scale).to(q.dtype), mask=(rows < S)[:, None] & (inner < K)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def key_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, documents_ptr, slopes_ptr, samples_ptr,
     q_stride_s, q_stride_b, q_stride_h, k_stride_t, k_stride_b, k_stride_g, v_stride_t, v_stride_b, v_stride_g,
@@ -280,8 +287,8 @@ def key_kernel(
     first_column = tl.program_id(0) * N
     columns = first_column + tl.arange(0, N)
     if TMA == 0:
-        k_ptr += sample.to(tl.int64) * k_stride_b + group * k_stride_g
-        v_ptr += sample.to(tl.int64) * v_stride_b + group * v_stride_g
+        k_ptr += sample.to(tl.int64) * k_stride_b + group.to(tl.int64) * k_stride_g
+        v_ptr += sample.to(tl.int64) * v_stride_b + group.to(tl.int64) * v_stride_g
     documents_ptr += sample
     k = load_tile(k_ptr, first_column, T, k_stride_t, sample, group, N, K, KP, TMA)
     v = load_tile(v_ptr, first_column, T, v_stride_t, sample, group, N, K, KP, TMA)
@@ -306,7 +313,7 @@ def key_kernel(
         head = group * repeats + turn
         slope = tl.load(slopes_ptr + head) * LOG2_E if HAS_SLOPES else 0.0
         if TMA == 0:
-            q_of_head = q_ptr + sample.to(tl.int64) * q_stride_b + head * q_stride_h
+            q_of_head = q_ptr + sample.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
             dout_of_head = dout_ptr + (sample * H + head).to(tl.int64) * K
         else:
             q_of_head = q_ptr
@@ -350,8 +357,15 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> str | No
         return f"dtype {query.dtype} (float16, bfloat16 and float32 only)"
     if query.shape[-1] not in HEAD_SIZES:
         return f"head size {query.shape[-1]} (multiples of 8 up to 256 only)"
+    if architecture() in NARROW and query.shape[-1] > LARGEST_NARROW:
+        # 106,496 in forward and 131,072 in backward, of the cuts for sm_80.
+        return (
+            f"head size {query.shape[-1]} on sm_{architecture()}, whose blocks have 101376 bytes of shared memory (131072 needed)"
+        )
     if any(x.stride(-1) != 1 for x in (query, key, value)):
         return "a head whose elements are not side by side"
+    if query.shape[1] * query.shape[2] > MOST_HEADS:
+        return f"{query.shape[1]} samples of {query.shape[2]} heads (a product of at most {MOST_HEADS})"
     if masks.documents_TB is not None and query.shape[0] != key.shape[0]:
         return "documents with another number of queries than of keys"
     return None
@@ -507,13 +521,13 @@ _MASKED = Tiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1))
 
 def tiles_for(K: int, dtype: torch.dtype, *, masks: Masks, architecture: int) -> Tiles:
     """The largest cuts that neither spill registers nor leave shared memory (`ahead` holds it), by padded head size, dtype and
-    architecture (80, 90, 100; the next lower of others)."""
+    architecture (80, 90, 100; the next lower of others, 80 of NARROW)."""
     padded = max(16, triton.next_power_of_2(K))
     if dtype == torch.float32:
         return _FLOAT32
     if masks.samples_B is not None and padded <= 128:
         return _MASKED
-    known = max((a for a in _TILES if a <= architecture), default=80)
+    known = 80 if architecture in NARROW else max((a for a in _TILES if a <= architecture), default=80)
     return _TILES[known][max(64, padded)]
 
 
@@ -550,4 +564,6 @@ def specialisation(
     if "SCALE_LATE" in parameters:
         constants["SCALE_LATE"] = scales_late(masks, 1.0)
     needs = () if tma == 0 else ("tma", "warp-specialised") if kernel is forward_kernel else ("tma",)
-    return Ahead(name, kernel, given, constants, tile.warps, tile.stages, architectures=architectures, needs=needs)
+    # With offsets of heads in 64 bits: two registers above the bound; the other cuts tried spill more.
+    spills = {90: 40} if kernel is query_kernel and K > 128 else {}
+    return Ahead(name, kernel, given, constants, tile.warps, tile.stages, spills, architectures, needs)

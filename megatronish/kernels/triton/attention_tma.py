@@ -34,6 +34,8 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> str | No
     """Why these kernels do not take such inputs; None: they do."""
     if architecture() < LEAST_ARCHITECTURE:
         return f"sm_{architecture()}, which has no tensor memory accelerator (compute capability 9.0 and up)"
+    if architecture() in attention.NARROW:
+        return f"sm_{architecture()}, whose blocks have 99 KiB of shared memory (up to 192 needed)"
     if reason := attention.refuses(query, key, value, masks):
         return reason
     if query.dtype not in DTYPES and not triton.knobs.runtime.interpret:
