@@ -193,6 +193,8 @@ def prepare_data(data: DemoData, *, vocab_size: int, stages: Stages, root: Path 
             stages.say(f"{data.folder} is complete; nothing to do in stages 1 to 3")
             return
         for paths, prefix in ((corpus.train, data.train), (corpus.validation, data.validation)):
+            # The last ones may be of another vocabulary, which `tokenize` would not overwrite.
+            Path(f"{prefix}.json").unlink(missing_ok=True)
             # One process: the encoder has threads, and starting workers takes longer than this text.
             report = tokenize(paths, tokenizer=data.tokenizer, out=prefix)
             stages.say(f"{report.documents} documents, {report.tokens / 1e6:.2f} M tokens -> {prefix}.bin, .idx")
