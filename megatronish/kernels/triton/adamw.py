@@ -7,6 +7,8 @@ order, without atomics: the same bits every time, on any device.
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator
 
 import torch
@@ -58,7 +60,6 @@ def adamw_kernel(
     exp_avg_ptr,
     exp_avg_sq_ptr,
     scalars_ptr,
-    corrections_ptr,
     low_ptr,
     segments_ptr,
     n,
@@ -68,6 +69,10 @@ def adamw_kernel(
     one_minus_beta1,
     one_minus_beta2,
     eps,
+    lr,
+    lr_rest,
+    LOG2_BETA1: tl.constexpr,
+    LOG2_BETA2: tl.constexpr,
     MASTER: tl.constexpr,
     NARROW: tl.constexpr,
     LOW: tl.constexpr,
@@ -82,8 +87,11 @@ def adamw_kernel(
     inside = i < n
     scale = tl.zeros([BLOCK], tl.float32) + tl.load(scalars_ptr)
     wanted = inside & ((scale - scale) == 0)  # neither NaN nor infinite
-    step_size = tl.load(corrections_ptr)
-    root_correction = tl.load(corrections_ptr + 1)
+    # Bias corrections, in float64 and rounded once; lr is the sum of two float32 numbers.
+    step = tl.load(scalars_ptr + 1).to(tl.float64)
+    rate = tl.cast(lr, tl.float64) + tl.cast(lr_rest, tl.float64)
+    step_size = (rate / (1.0 - tl.exp2(step * LOG2_BETA1))).to(tl.float32)
+    root_correction = tl.sqrt(1.0 - tl.exp2(step * LOG2_BETA2)).to(tl.float32)
 
     g = tl.load(grad_ptr + i, mask=wanted, other=0.0) * scale
     first = widened(tl.load(exp_avg_ptr + i, mask=wanted, other=0), NARROW)
@@ -144,6 +152,10 @@ def adamw_kernel(
         tl.store(grad_ptr + i, tl.zeros([BLOCK], tl.float32), mask=inside)
 
 
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0 else -math.inf
+
+
 def _pattern(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
@@ -178,13 +190,12 @@ def forward(
     rounding: str,
     zero_grad: bool,
 ) -> None:
-    """The op of kernels/adamw.py: one launch, after four of one element each that make the bias corrections, in float64."""
+    """The op of kernels/adamw.py, in one launch."""
     n = grad.numel()
     if n == 0:
         return
     lr, beta1, beta2, eps, weight_decay = numbers
-    t = scalars[1].double()
-    corrections = torch.stack((lr / (1.0 - beta1**t), (1.0 - beta2**t).sqrt())).to(grad.dtype)
+    lr_rounded = struct.unpack("f", struct.pack("f", lr))[0]
     rows = 0 if segments is None else len(segments)
     adamw_kernel[(triton.cdiv(n, BLOCK),)](
         _pattern(master),
@@ -192,7 +203,6 @@ def forward(
         _pattern(exp_avg),
         _pattern(exp_avg_sq),
         scalars,
-        corrections,
         _pattern(low) if low is not None else grad,
         segments if segments is not None else grad,
         n,
@@ -202,6 +212,10 @@ def forward(
         1.0 - beta1,
         1.0 - beta2,
         eps,
+        lr_rounded,
+        lr - lr_rounded,
+        LOG2_BETA1=_log2(beta1),
+        LOG2_BETA2=_log2(beta2),
         MASTER={torch.float32: "full", torch.int16: "halves", torch.bfloat16: "none"}[master.dtype],
         NARROW=exp_avg.dtype == torch.bfloat16,
         LOW="" if low is None else {torch.bfloat16: "bf16", torch.float16: "fp16"}[low.dtype],
@@ -260,8 +274,10 @@ def ahead() -> Iterator[Ahead]:
         pointers = {"exp_avg_ptr": moments, "exp_avg_sq_ptr": moments, "low_ptr": "i16", "segments_ptr": "i64"}
         pointers["master_ptr"] = "fp32" if master == "full" else "i16"
         types = {key: f"*{value}:16" for key, value in pointers.items()} | {"n": "i32:16"}
-        floats = dict.fromkeys(("decay", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32")
+        floats = dict.fromkeys(("decay", "beta2", "one_minus_beta1", "one_minus_beta2", "eps", "lr", "lr_rest"), "fp32")
         constants = {
+            "LOG2_BETA1": math.log2(0.9),
+            "LOG2_BETA2": math.log2(0.95),
             "MASTER": master,
             "NARROW": narrow,
             "LOW": "" if master == "none" else "bf16",
