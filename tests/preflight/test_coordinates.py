@@ -61,7 +61,7 @@ PLACES = {
     "optim/zero.py": ("_updated_range", "owned_pieces"),
     "parallel/loss.py": ("of",),
     # Rank 0 says which kernels run.
-    "kernel_choices.py": ("_agree", "choose_kernels"),
+    "kernel_choices.py": ("_agree", "decided"),
     "parallel/mesh.py": ("index",),
     "parallel/tensor.py": ("_cut_module", "_shard", "extra_repr", "forward"),
 }
