@@ -156,25 +156,13 @@ def reference(
         grad.zero_()
 
 
-def _body(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scalars: Tensor,
-    low: Tensor | None,
-    numbers: list[float],
-    segments: Tensor | None,
-    rounding: str,
-    zero_grad: bool,
-) -> None:
-    on_cpu = master.device.type == "cpu"
-    module = native.cpu if on_cpu else native.cuda
-    given = (master, grad, exp_avg, exp_avg_sq, scalars, low, numbers, segments, rounding, zero_grad)
+def _body(*given: Any) -> None:
+    device = given[0].device
+    module = native.cpu if device.type == "cpu" else native.cuda
     if module is None:
         _reference(*given)
         return
-    where = {"threads": torch.get_num_threads()} if on_cpu else {"stream": stream_handle(master.device)}
+    where = {"threads": torch.get_num_threads()} if device.type == "cpu" else {"stream": stream_handle(device)}
     call_native(module, where, *given)
 
 
@@ -238,18 +226,7 @@ def _triton_refuses(*arguments: Any) -> str | None:
     return refuses(*arguments)
 
 
-def _fake(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scalars: Tensor,
-    low: Tensor | None,
-    numbers: list[float],
-    segments: Tensor | None,
-    rounding: str,
-    zero_grad: bool,
-) -> None:
+def _fake(*arguments: Any) -> None:
     return None
 
 

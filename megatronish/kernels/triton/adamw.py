@@ -160,22 +160,9 @@ def _pattern(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
-def refuses(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scalars: Tensor,
-    low: Tensor | None,
-    numbers: list[float],
-    segments: Tensor | None,
-    rounding: str,
-    zero_grad: bool,
-) -> str | None:
-    """Why this call cannot run here, or None."""
-    if grad.dtype == torch.float64:
-        return "float64: its constants would pass as float32"
-    return None
+def refuses(master: Tensor, grad: Tensor, *others: object) -> str | None:
+    """Why a call of the op cannot run here, or None."""
+    return "float64: its constants would pass as float32" if grad.dtype == torch.float64 else None
 
 
 def forward(
